@@ -1,0 +1,198 @@
+"""Every setting, once: the command line, YAML keys, FAIRLEAD_* variables and the docs are generated from these classes.
+
+Nothing here imports torch. Configs are frozen; a changed one is derived with `dataclasses.replace`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from fairlead.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+_DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), positional: bool = False) -> Any:
+    """A dataclass field with its one-sentence help and its other accepted spellings (without dashes)."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "positional": positional})
+
+
+def _at_least(config: object, name: str, low: float, *, optional: bool = False) -> None:
+    value = getattr(config, name)
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < low:
+        raise ConfigError(f"{name} must be at least {low}, got {value!r}")
+
+
+def _one_of(config: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which checkpoint, and how it is read."""
+
+    model: str = setting("demo", "Directory, Hugging Face id, or 'demo' for the embedded model.", positional=True)
+    tokenizer: str | None = setting(None, "Directory or id of the tokenizer, if not the model's own.")
+    skip_tokenizer_init: bool = setting(False, "Load no tokenizer: prompts are token ids, and no text comes back.")
+    revision: str | None = setting(None, "Branch, tag or commit of a Hugging Face id.")
+    download_dir: str | None = setting(None, "Where downloads are cached, if not the Hugging Face cache.")
+    dtype: str = setting("auto", f"Data type of weights and activations: {', '.join(DTYPES)}.")
+    quantization: str | None = setting(None, "Quantisation scheme of the weights; none is available yet.")
+    load_format: str = setting("auto", "'safetensors', 'dummy' (random weights, for benchmarks) or 'auto'.")
+    max_model_len: int | None = setting(None, "Longest sequence in tokens; the model's own limit if not given.")
+    seed: int = setting(0, "Seed of requests that bring none.")
+    served_model_name: str | None = setting(None, "Name of the model in the API, if not the one it was loaded by.")
+    generation_config: str = setting("auto", "'auto' takes sampling defaults from the model, 'fairlead' ignores them.")
+    chat_template: str | None = setting(None, "File with a Jinja chat template, if not the tokenizer's own.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(self.dtype, self.dtype))
+        if self.generation_config == "vllm":
+            object.__setattr__(self, "generation_config", "fairlead")
+        if not self.model:
+            raise ConfigError("model must name a directory, a Hugging Face id, or 'demo'")
+        _one_of(self, "dtype", DTYPES)
+        _one_of(self, "load_format", LOAD_FORMATS)
+        _one_of(self, "generation_config", ("auto", "fairlead"))
+        _at_least(self, "max_model_len", 2, optional=True)
+        if self.quantization is not None:
+            raise ConfigError(f"quantization {self.quantization!r} is not available yet; leave it out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int | None = setting(None, "Tokens per KV block; the platform's choice if not given.")
+    device_memory_utilization: float | None = setting(
+        None,
+        "Share of the device's memory for weights and KV cache; the platform's choice if not given.",
+        aliases=("gpu_memory_utilization",),
+    )
+    kv_cache_memory: int | None = setting(
+        None, "Bytes for the KV cache, in place of a share of the memory.", aliases=("kv_cache_memory_bytes",)
+    )
+    num_blocks: int | None = setting(
+        None, "Number of KV blocks, in place of a size.", aliases=("num_gpu_blocks_override",)
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "kv_cache_memory"):
+            _at_least(self, name, 1, optional=True)
+        share = self.device_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"device_memory_utilization must be in (0, 1], got {share!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What one step may hold."""
+
+    max_num_seqs: int = setting(256, "Sequences that run at the same time, at most.")
+    max_num_batched_tokens: int | None = setting(
+        None, "Tokens of one step, at most; longer prompts are computed in chunks. The platform's choice if not given."
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, "max_num_seqs", 1)
+        _at_least(self, "max_num_batched_tokens", 1, optional=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformConfig:
+    """Where it runs."""
+
+    platform: str | None = setting(
+        None, "Platform plugin, as `fairlead platforms` lists it; the best one if not given."
+    )
+    device: str | None = setting(None, "Device of that platform, such as 'cpu:0'; its first one if not given.")
+    attention_backend: str | None = setting(None, "Attention backend of the platform, by name.")
+    op_providers: tuple[str, ...] = setting((), "Providers of single ops as OP=PROVIDER, such as rms_norm=reference.")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "op_providers", tuple(self.op_providers))
+        for item in self.op_providers:
+            if item.count("=") != 1:
+                raise ConfigError(f"op_providers takes OP=PROVIDER, got {item!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All settings of an engine. `EngineConfig.of(model="demo", block_size=16)` sorts flat names into sections."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    platform: PlatformConfig = field(default_factory=PlatformConfig)
+
+    @classmethod
+    def of(cls, **settings: Any) -> "EngineConfig":
+        """Builds a config from flat setting names or their aliases; raises ConfigError on an unknown name."""
+        sections: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(cls)}
+        homes = {name: s for s in engine_settings() for name in (s.name, *s.aliases)}
+        for name, value in settings.items():
+            if name not in homes:
+                close = difflib.get_close_matches(name, homes, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"there is no setting {name!r}{hint}")
+            sections[homes[name].section][homes[name].name] = value
+        hints = get_type_hints(cls)
+        return cls(**{name: hints[name](**values) for name, values in sections.items()})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The HTTP server."""
+
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(8000, "Port to listen on.")
+    log_level: str = setting("info", "debug, info, warning or error.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
+        _one_of(self, "log_level", ("debug", "info", "warning", "error"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One setting as the command line and the docs see it."""
+
+    name: str
+    section: str
+    type: Any
+    default: Any
+    help: str
+    aliases: tuple[str, ...]
+    positional: bool
+
+
+def settings_of(section: str, cls: type) -> Iterator[Setting]:
+    """The settings of one config class, in order of declaration."""
+    hints = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        meta: Mapping[str, Any] = f.metadata
+        yield Setting(
+            name=f.name,
+            section=section,
+            type=hints[f.name],
+            default=f.default,
+            help=meta["help"],
+            aliases=meta["aliases"],
+            positional=meta["positional"],
+        )
+
+
+def engine_settings() -> Iterator[Setting]:
+    """All settings of EngineConfig, section by section."""
+    for section, cls in get_type_hints(EngineConfig).items():
+        yield from settings_of(section, cls)

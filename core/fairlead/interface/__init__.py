@@ -1,0 +1,31 @@
+"""What a platform implements, and nothing else.
+
+Importing this package needs only the standard library and pluggy: the types that mention torch do so for the type
+checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` returns, then Platform.
+"""
+
+import pluggy
+
+from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, KVCache
+from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.platform import Platform
+from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
+
+hookimpl = pluggy.HookimplMarker("fairlead")
+
+__all__ = [
+    "PLATFORM_API",
+    "AttentionBackend",
+    "AttentionMetadata",
+    "AttentionShape",
+    "Capabilities",
+    "Defaults",
+    "Device",
+    "KVCache",
+    "MemoryAllocator",
+    "MemoryInfo",
+    "OpProvider",
+    "Platform",
+    "PlatformSpec",
+    "hookimpl",
+]

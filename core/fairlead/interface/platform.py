@@ -1,0 +1,42 @@
+"""The platform itself: what `PlatformSpec.create` returns."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from fairlead.interface.attention import AttentionBackend, AttentionShape
+from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.spec import Capabilities, Defaults, Device, OpProvider
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Platform(Protocol):
+    """One device, ready to run models. Methods return data; the core applies it."""
+
+    name: str
+    device: Device
+    torch_device: "torch.device"
+    capabilities: Capabilities
+    defaults: Defaults
+    allocator: MemoryAllocator
+
+    def attention_backends(self) -> tuple[str, ...]:
+        """Names of the attention backends, the preferred one first."""
+        ...
+
+    def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
+        """Makes the named backend for a model of this shape; allocates nothing yet."""
+        ...
+
+    def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
+        """The platform's own providers by op name; an op without one runs its reference."""
+        ...
+
+    def memory_info(self) -> MemoryInfo:
+        """The device's memory now."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until the device has done all that was asked of it."""
+        ...

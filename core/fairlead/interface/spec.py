@@ -1,0 +1,82 @@
+"""The records that a platform hands to the core: frozen data, no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fairlead.interface.platform import Platform
+
+PLATFORM_API = "1.0"
+"""Version of this interface. From 1.1 on, the core also takes plugins of the version before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One device that a probe found: `name` selects it (`--device`), `description` is for people."""
+
+    name: str
+    description: str
+    memory_bytes: int
+
+    def __post_init__(self) -> None:
+        if not self.name or self.memory_bytes <= 0:
+            raise ValueError(f"a device needs a name and a memory size above 0, got {self!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformSpec:
+    """What a plugin registers: cheap to make, importing neither torch nor a driver.
+
+    `probe()` returns the usable devices, best first, or one sentence that says why there are none.
+    `create(device)` may import the world; it returns the Platform of that device.
+    Of the available platforms the one of the highest `priority` is taken; the CPU has 0.
+    """
+
+    name: str
+    api_version: str
+    priority: int
+    probe: Callable[[], tuple[Device, ...] | str]
+    create: Callable[[Device], "Platform"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a platform can do; negotiated before anything is allocated.
+
+    dtypes are torch names without the prefix ("float32"). Empty `head_sizes` means any. The first of `block_sizes`
+    is the preferred one.
+    """
+
+    dtypes: tuple[str, ...]
+    block_sizes: tuple[int, ...]
+    head_sizes: tuple[int, ...] = ()
+    kv_dtypes: tuple[str, ...] = ("auto",)
+    quantization: tuple[str, ...] = ()
+    batch_invariant: bool = False
+    max_batched_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """Settings that suit a platform; the core applies them where the user gave none."""
+
+    dtype: str
+    block_size: int
+    max_num_batched_tokens: int
+    device_memory_utilization: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpProvider:
+    """One implementation of one op.
+
+    `fn` has the signature of the op's reference in `fairlead.ops.reference`. `refuses(dtype)` returns why this
+    provider cannot serve that dtype (a name such as "bfloat16"), or None if it can. The highest priority that does
+    not refuse is chosen, once, when the model is built; the reference has priority 0.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    priority: int = 10
+    refuses: Callable[[str], str | None] = lambda dtype: None

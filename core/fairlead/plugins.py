@@ -1,0 +1,234 @@
+"""Finds platform plugins, isolates the broken ones, and chooses a platform.
+
+With hookspecs.py the only module that touches pluggy. Discovery has two phases: registration is cheap (each entry
+point is imported on its own inside a guard; neither torch nor a driver is loaded), then `probe()` names devices or a
+reason. Only the chosen platform is created.
+"""
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pluggy
+
+from fairlead import hookspecs
+from fairlead.config import PlatformConfig
+from fairlead.errors import PlatformUnavailableError, PluginContractError
+from fairlead.interface import PLATFORM_API, Device, Platform, PlatformSpec
+
+ENTRY_POINT_GROUP = "fairlead.platforms"
+ALLOWLIST_VARIABLE = "FAIRLEAD_PLUGINS"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformRecord:
+    """One platform, or one plugin that brought none: what `fairlead platforms` prints.
+
+    `status` is "available", "unavailable" (its probe gave the reason) or "broken" (import, version or probe failed).
+    """
+
+    name: str
+    distribution: str
+    version: str
+    status: str
+    reason: str | None = None
+    priority: int | None = None
+    devices: tuple[Device, ...] = ()
+    spec: PlatformSpec | None = None
+
+
+def allowlist() -> frozenset[str] | None:
+    """Entry points that FAIRLEAD_PLUGINS permits (comma-separated names), or None where it is not set."""
+    value = os.environ.get(ALLOWLIST_VARIABLE)
+    return None if value is None else frozenset(name.strip() for name in value.split(",") if name.strip())
+
+
+def discover() -> list[PlatformRecord]:
+    """Registers and probes every permitted plugin; a broken one becomes a record with its reason.
+
+    An entry point that the allowlist leaves out is never imported and not listed.
+    """
+    permitted = allowlist()
+    records: list[PlatformRecord] = []
+    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
+    for entry_point in sorted(found, key=lambda e: (e.name, e.value)):
+        if permitted is None or entry_point.name in permitted:
+            records += _load(entry_point)
+    return sorted(records, key=lambda r: (-(r.priority or 0), r.name))
+
+
+def _load(entry_point: importlib.metadata.EntryPoint) -> list[PlatformRecord]:
+    dist = entry_point.dist
+    origin = {
+        "distribution": dist.name if dist is not None else "unknown",
+        "version": dist.version if dist is not None else "unknown",
+    }
+    try:
+        return [_probe(spec, origin) for spec in _register(entry_point)]
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin may raise anything, SystemExit included; it is reported, not hidden
+        reason = _one_line(error)
+        return [
+            PlatformRecord(
+                name=entry_point.name,
+                distribution=origin["distribution"],
+                version=origin["version"],
+                status="broken",
+                reason=reason,
+            )
+        ]
+
+
+def _register(entry_point: importlib.metadata.EntryPoint) -> Iterable[PlatformSpec]:
+    manager = pluggy.PluginManager("fairlead")
+    manager.add_hookspecs(hookspecs)
+    manager.register(entry_point.load(), name=entry_point.name)
+    manager.check_pending()
+    results: list[Any] = manager.hook.fairlead_platforms()
+    if len(results) != 1 or not isinstance(results[0], (list, tuple)) or not results[0]:
+        got = repr(results[0]) if results else "no implementation or None"
+        raise PluginContractError(
+            plugin=entry_point.name, hook="fairlead_platforms", expected="a list of PlatformSpec", got=got[:200]
+        )
+    for spec in results[0]:
+        if not isinstance(spec, PlatformSpec):
+            raise PluginContractError(
+                plugin=entry_point.name, hook="fairlead_platforms", expected="PlatformSpec", got=repr(spec)[:200]
+            )
+    return list(results[0])
+
+
+def _probe(spec: PlatformSpec, origin: dict[str, str]) -> PlatformRecord:
+    def record(status: str, reason: str | None = None, devices: tuple[Device, ...] = ()) -> PlatformRecord:
+        return PlatformRecord(
+            name=spec.name,
+            status=status,
+            reason=reason,
+            priority=spec.priority,
+            devices=devices,
+            spec=spec if status == "available" else None,
+            distribution=origin["distribution"],
+            version=origin["version"],
+        )
+
+    if not api_version_accepted(spec.api_version):
+        return record(
+            "broken",
+            f"{origin['distribution']} {origin['version']} was written for platform contract {spec.api_version}, "
+            f"but fairlead {importlib.metadata.version('fairlead')} has {PLATFORM_API}; install matching versions",
+        )
+    try:
+        found = spec.probe()
+    except Exception as error:
+        return record("broken", f"probe() raised {_one_line(error)}")
+    if isinstance(found, str) and found:
+        return record("unavailable", found)
+    if isinstance(found, tuple) and found and all(isinstance(d, Device) for d in found):
+        return record("available", devices=found)
+    fault = PluginContractError(
+        plugin=spec.name, hook="probe", expected="a tuple of Device, or a reason", got=repr(found)[:200]
+    )
+    return record("broken", str(fault))
+
+
+def api_version_accepted(version: object, current: str = PLATFORM_API) -> bool:
+    """Whether a plugin of this contract version loads: the same major, and the same minor or (from 1.1 on) one less."""
+    try:
+        major, minor = (int(part) for part in str(version).split("."))
+    except ValueError:
+        return False
+    own_major, own_minor = (int(part) for part in current.split("."))
+    return major == own_major and minor >= 0 and own_minor - minor in (0, 1)
+
+
+def choose(config: PlatformConfig, records: list[PlatformRecord] | None = None) -> tuple[PlatformRecord, Device]:
+    """Picks the platform and device that the config asks for, or the available one of the highest priority.
+
+    Raises PlatformUnavailableError naming the cause. Where none is asked for, a broken plugin is reported on stderr:
+    it is never passed over in silence.
+    """
+    records = discover() if records is None else records
+    record = _best(records) if config.platform is None else _by_name(config.platform, records)
+    if config.device is None:
+        return record, record.devices[0]
+    for device in record.devices:
+        if device.name == config.device:
+            return record, device
+    names = ", ".join(d.name for d in record.devices)
+    raise PlatformUnavailableError(f"platform {record.name!r} has no device {config.device!r}; it has: {names}")
+
+
+def _by_name(name: str, records: list[PlatformRecord]) -> PlatformRecord:
+    matches = [r for r in records if r.name == name]
+    available = [r for r in matches if r.status == "available"]
+    if len(available) > 1:
+        owners = " and ".join(f"{r.distribution} {r.version}" for r in available)
+        raise PlatformUnavailableError(f"platform {name!r} is brought by {owners}; uninstall one of them")
+    if available:
+        return available[0]
+    if matches:
+        record = matches[0]
+        raise PlatformUnavailableError(
+            f"platform {name!r} ({record.distribution} {record.version}) is {record.status}: {record.reason}"
+        )
+    known = ", ".join(r.name for r in records) or "none; install one, for example: pip install 'fairlead[cpu]'"
+    raise PlatformUnavailableError(f"there is no platform {name!r}; installed: {known}")
+
+
+def _best(records: list[PlatformRecord]) -> PlatformRecord:
+    for record in records:
+        if record.status == "broken":
+            print(
+                f"warning: platform {record.name!r} ({record.distribution} {record.version}) cannot be used: "
+                f"{record.reason}",
+                file=sys.stderr,
+            )
+    available = [r for r in records if r.status == "available"]
+    if not available:
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in records)
+        hint = reasons or "none is installed; install one, for example: pip install 'fairlead[cpu]'"
+        raise PlatformUnavailableError(f"no platform can be used here ({hint})")
+    top = [r for r in available if r.priority == available[0].priority]
+    if len(top) > 1:
+        owners = " and ".join(f"{r.name!r} ({r.distribution} {r.version})" for r in top)
+        raise PlatformUnavailableError(f"platforms {owners} have the same priority; choose one with --platform")
+    return available[0]
+
+
+def create(record: PlatformRecord, device: Device) -> Platform:
+    """Creates the platform; raises PluginContractError if what comes back is no Platform."""
+    assert record.spec is not None
+    platform = record.spec.create(device)
+    missing = [a for a in _PLATFORM_MEMBERS if getattr(platform, a, None) is None]
+    if missing:
+        raise PluginContractError(
+            plugin=record.name,
+            hook="create",
+            expected="a Platform",
+            got=f"{type(platform).__name__} without {', '.join(missing)}",
+        )
+    return platform
+
+
+_PLATFORM_MEMBERS = (
+    "name",
+    "device",
+    "torch_device",
+    "capabilities",
+    "defaults",
+    "allocator",
+    "attention_backends",
+    "attention",
+    "ops",
+    "memory_info",
+    "synchronize",
+)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]
