@@ -14,9 +14,10 @@ from typing import Any
 
 import pluggy
 
+import fairlead
 from fairlead import hookspecs
 from fairlead.config import PlatformConfig
-from fairlead.errors import PlatformUnavailableError, PluginContractError
+from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError
 from fairlead.interface import PLATFORM_API, Device, Platform, PlatformSpec
 
 ENTRY_POINT_GROUP = "fairlead.platforms"
@@ -49,14 +50,20 @@ def allowlist() -> frozenset[str] | None:
 def discover() -> list[PlatformRecord]:
     """Registers and probes every permitted plugin; a broken one becomes a record with its reason.
 
-    An entry point that the allowlist leaves out is never imported and not listed.
+    An entry point that the allowlist leaves out is never imported and not listed; a name on the allowlist that no
+    installed package brings is listed as broken, since it was asked for.
     """
     permitted = allowlist()
     records: list[PlatformRecord] = []
-    found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
-    for entry_point in sorted(found, key=lambda e: (e.name, e.value)):
+    found = sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value))
+    for entry_point in found:
         if permitted is None or entry_point.name in permitted:
             records += _load(entry_point)
+    for name in (permitted or frozenset()) - {entry_point.name for entry_point in found}:
+        reason = f"{ALLOWLIST_VARIABLE} names it, but no installed package brings such a plugin"
+        records.append(
+            PlatformRecord(name=name, distribution="unknown", version="unknown", status="broken", reason=reason)
+        )
     return sorted(records, key=lambda r: (-(r.priority or 0), r.name))
 
 
@@ -95,11 +102,25 @@ def _register(entry_point: importlib.metadata.EntryPoint) -> Iterable[PlatformSp
             plugin=entry_point.name, hook="fairlead_platforms", expected="a list of PlatformSpec", got=got[:200]
         )
     for spec in results[0]:
-        if not isinstance(spec, PlatformSpec):
+        if not _is_well_formed(spec):
             raise PluginContractError(
-                plugin=entry_point.name, hook="fairlead_platforms", expected="PlatformSpec", got=repr(spec)[:200]
+                plugin=entry_point.name,
+                hook="fairlead_platforms",
+                expected="PlatformSpec (name: text, priority: integer, probe and create: callable)",
+                got=repr(spec)[:200],
             )
     return list(results[0])
+
+
+def _is_well_formed(spec: object) -> bool:
+    return (
+        isinstance(spec, PlatformSpec)
+        and isinstance(spec.name, str)
+        and spec.name != ""
+        and isinstance(spec.priority, int)
+        and callable(spec.probe)
+        and callable(spec.create)
+    )
 
 
 def _probe(spec: PlatformSpec, origin: dict[str, str]) -> PlatformRecord:
@@ -119,11 +140,13 @@ def _probe(spec: PlatformSpec, origin: dict[str, str]) -> PlatformRecord:
         return record(
             "broken",
             f"{origin['distribution']} {origin['version']} was written for platform contract {spec.api_version}, "
-            f"but fairlead {importlib.metadata.version('fairlead')} has {PLATFORM_API}; install matching versions",
+            f"but fairlead {fairlead.__version__} has {PLATFORM_API}; install matching versions",
         )
     try:
-        found = spec.probe()
-    except Exception as error:
+        found: object = spec.probe()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         return record("broken", f"probe() raised {_one_line(error)}")
     if isinstance(found, str) and found:
         return record("unavailable", found)
@@ -164,45 +187,65 @@ def choose(config: PlatformConfig, records: list[PlatformRecord] | None = None) 
 
 def _by_name(name: str, records: list[PlatformRecord]) -> PlatformRecord:
     matches = [r for r in records if r.name == name]
-    available = [r for r in matches if r.status == "available"]
-    if len(available) > 1:
-        owners = " and ".join(f"{r.distribution} {r.version}" for r in available)
+    if not matches:
+        known = ", ".join(r.name for r in records) or _NONE_INSTALLED
+        raise PlatformUnavailableError(f"there is no platform {name!r}{_restriction()}; found: {known}")
+    if len(matches) > 1:
+        owners = " and ".join(_owner(r) for r in matches)
         raise PlatformUnavailableError(f"platform {name!r} is brought by {owners}; uninstall one of them")
-    if available:
-        return available[0]
-    if matches:
-        record = matches[0]
-        raise PlatformUnavailableError(
-            f"platform {name!r} ({record.distribution} {record.version}) is {record.status}: {record.reason}"
-        )
-    known = ", ".join(r.name for r in records) or "none; install one, for example: pip install 'fairlead[cpu]'"
-    raise PlatformUnavailableError(f"there is no platform {name!r}; installed: {known}")
+    record = matches[0]
+    if record.status != "available":
+        raise PlatformUnavailableError(f"platform {name!r} ({_owner(record)}) is {record.status}: {record.reason}")
+    return record
 
 
 def _best(records: list[PlatformRecord]) -> PlatformRecord:
     for record in records:
         if record.status == "broken":
             print(
-                f"warning: platform {record.name!r} ({record.distribution} {record.version}) cannot be used: "
-                f"{record.reason}",
+                f"warning: platform {record.name!r} ({_owner(record)}) cannot be used: {record.reason}",
                 file=sys.stderr,
             )
     available = [r for r in records if r.status == "available"]
     if not available:
         reasons = "; ".join(f"{r.name}: {r.reason}" for r in records)
-        hint = reasons or "none is installed; install one, for example: pip install 'fairlead[cpu]'"
-        raise PlatformUnavailableError(f"no platform can be used here ({hint})")
-    top = [r for r in available if r.priority == available[0].priority]
+        raise PlatformUnavailableError(f"no platform can be used here{_restriction()}: {reasons or _NONE_INSTALLED}")
+    highest = max(r.priority or 0 for r in available)
+    top = [r for r in available if r.priority == highest]
     if len(top) > 1:
-        owners = " and ".join(f"{r.name!r} ({r.distribution} {r.version})" for r in top)
+        owners = " and ".join(f"{r.name!r} ({_owner(r)})" for r in top)
         raise PlatformUnavailableError(f"platforms {owners} have the same priority; choose one with --platform")
-    return available[0]
+    return top[0]
+
+
+_NONE_INSTALLED = "none; install one, for example: pip install 'fairlead[cpu]'"
+
+
+def _owner(record: PlatformRecord) -> str:
+    return f"{record.distribution} {record.version}"
+
+
+def _restriction() -> str:
+    permitted = allowlist()
+    if permitted is None:
+        return ""
+    return f" ({ALLOWLIST_VARIABLE} permits only: {', '.join(sorted(permitted)) or 'none'})"
 
 
 def create(record: PlatformRecord, device: Device) -> Platform:
-    """Creates the platform; raises PluginContractError if what comes back is no Platform."""
+    """Creates the platform.
+
+    Raises PluginContractError if what comes back is no Platform, PluginError naming the plugin if it raises.
+    """
     assert record.spec is not None
-    platform = record.spec.create(device)
+    try:
+        platform = record.spec.create(device)
+    except FairleadError:
+        raise
+    except Exception as error:
+        raise PluginError(
+            f"platform {record.name!r} ({_owner(record)}) failed to create device {device.name!r}: {_one_line(error)}"
+        ) from error
     missing = [a for a in _PLATFORM_MEMBERS if getattr(platform, a, None) is None]
     if missing:
         raise PluginContractError(

@@ -1,0 +1,35 @@
+"""Fixtures that all tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+FULL = os.environ.get("FAIRLEAD_TEST_FULL") == "1"
+
+
+@pytest.fixture(scope="session")
+def full() -> bool:
+    """Whether the full counts run (`make test-full`)."""
+    return FULL
+
+
+@pytest.fixture(scope="session")
+def count() -> Callable[..., int]:
+    """`count(100, full=10_000)`: how often something runs. A full test is the quick one with a larger number."""
+
+    def choose(quick: int, *, full: int) -> int:
+        return full if FULL else quick
+
+    return choose
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of data that is too large for the repository: FAIRLEAD_TEST_DATA, or shared/data beside the checkout."""
+    asked = os.environ.get("FAIRLEAD_TEST_DATA")
+    folder = Path(asked) if asked else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data: {folder} is missing; set FAIRLEAD_TEST_DATA")
+    return folder
