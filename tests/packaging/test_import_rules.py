@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-import fairlead
 import pytest
+
+import fairlead
 
 ROOT = Path(__file__).parents[2]
 SOURCE_FOLDERS = ("core", "server", "platforms", "examples", "benchmarks")

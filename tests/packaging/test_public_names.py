@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fairlead
 import pytest
+
+import fairlead
 
 ROOT = Path(__file__).parents[2]
 

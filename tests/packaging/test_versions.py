@@ -4,11 +4,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import fairlead
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+import fairlead
 
 ROOT = Path(__file__).parents[2]
 

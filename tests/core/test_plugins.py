@@ -1,0 +1,233 @@
+"""Choosing a platform, and what discovery makes of modules that break the contract in their own way."""
+
+import importlib.metadata
+import sys
+import types
+from typing import Any
+
+import pytest
+
+from fairlead.config import PlatformConfig
+from fairlead.errors import PlatformUnavailableError, PluginContractError, PluginError
+from fairlead.interface import PLATFORM_API, Device, PlatformSpec, hookimpl
+from fairlead.plugins import PlatformRecord, allowlist, api_version_accepted, choose, create, discover
+
+DEVICE = Device(name="x:0", description="X", memory_bytes=1)
+
+
+def spec(**changes: Any) -> PlatformSpec:
+    fields: dict[str, Any] = {"name": "x", "api_version": PLATFORM_API, "priority": 1, "create": lambda device: None}
+    return PlatformSpec(**{**fields, "probe": lambda: (DEVICE,), **changes})
+
+
+def record(name: str, status: str = "available", **changes: Any) -> PlatformRecord:
+    devices = tuple(Device(name=f"{name}:{i}", description="", memory_bytes=1) for i in range(2))
+    fields: dict[str, Any] = {"distribution": f"pkg-{name}", "version": "1.5", "priority": 10}
+    fields |= {"devices": devices} if status == "available" else {"reason": f"{name} has its reason"}
+    return PlatformRecord(name=name, status=status, **{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("current", "accepted", "refused"),
+    [
+        ("1.0", ["1.0"], ["0.9", "1.1", "2.0", "0.0", "1.-1"]),
+        ("1.1", ["1.1", "1.0"], ["1.2", "2.1", "0.1", "2.0"]),
+        ("1.2", ["1.2", "1.1"], ["1.0", "1.3", "2.2"]),
+        ("2.0", ["2.0"], ["1.9", "1.0", "2.1"]),
+    ],
+)
+def test_a_core_takes_its_own_contract_and_the_one_before(
+    current: str, accepted: list[str], refused: list[str]
+) -> None:
+    assert [v for v in (*accepted, *refused) if api_version_accepted(v, current)] == accepted
+
+
+@pytest.mark.parametrize("version", ["", "1", "1.0.0", "one.two", "1.x", None, 1, (1, 0)])
+def test_what_is_no_version_is_refused(version: object) -> None:
+    assert not api_version_accepted(version, "1.0")
+
+
+def test_the_highest_priority_is_taken_in_whatever_order() -> None:
+    records = [record("cpu", priority=0), record("far", priority=100), record("near", priority=50)]
+    for order in (records, records[::-1]):
+        chosen, device = choose(PlatformConfig(), order)
+        assert (chosen.name, device.name) == ("far", "far:0")
+
+
+def test_priorities_may_be_negative() -> None:
+    assert choose(PlatformConfig(), [record("a", priority=-2), record("b", priority=-1)])[0].name == "b"
+
+
+def test_a_platform_without_devices_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen, _ = choose(PlatformConfig(), [record("far", "unavailable", priority=100), record("cpu", priority=0)])
+    assert chosen.name == "cpu"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_plugin_is_passed_over_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose(PlatformConfig(), [record("far", "broken"), record("cpu")])[0].name == "cpu"
+    assert capsys.readouterr().err == ("warning: platform 'far' (pkg-far 1.5) cannot be used: far has its reason\n")
+
+
+def test_a_platform_is_chosen_by_name_whatever_its_priority() -> None:
+    assert choose(PlatformConfig(platform="cpu"), [record("far"), record("cpu", priority=0)])[0].name == "cpu"
+
+
+@pytest.mark.parametrize("status", ["broken", "unavailable"])
+def test_asking_for_one_that_cannot_run_is_an_error(status: str) -> None:
+    with pytest.raises(PlatformUnavailableError, match=rf"'far' \(pkg-far 1.5\) is {status}: far has its reason"):
+        choose(PlatformConfig(platform="far"), [record("far", status), record("cpu")])
+
+
+def test_asking_for_one_that_is_not_there_lists_those_that_are() -> None:
+    with pytest.raises(PlatformUnavailableError, match=r"there is no platform 'cqu'; found: far, cpu"):
+        choose(PlatformConfig(platform="cqu"), [record("far"), record("cpu")])
+    with pytest.raises(PlatformUnavailableError, match=r"found: none; install one"):
+        choose(PlatformConfig(platform="cqu"), [])
+
+
+def test_equal_priorities_are_an_error_that_lists_both() -> None:
+    records = [record("cpu", priority=0), record("left"), record("right")]
+    with pytest.raises(
+        PlatformUnavailableError, match=r"'left' \(pkg-left 1.5\) and 'right' \(pkg-right 1.5\).*--plat"
+    ):
+        choose(PlatformConfig(), records)
+    assert choose(PlatformConfig(platform="right"), records)[0].name == "right"
+
+
+@pytest.mark.parametrize("status", ["available", "broken"])
+def test_one_name_from_two_packages_is_an_error(status: str) -> None:
+    twin = record("cpu", status, distribution="pkg-other")
+    with pytest.raises(PlatformUnavailableError, match=r"pkg-cpu 1.5 and pkg-other 1.5; uninstall one"):
+        choose(PlatformConfig(platform="cpu"), [record("cpu"), twin])
+
+
+def test_with_nothing_left_every_reason_is_given() -> None:
+    with pytest.raises(PlatformUnavailableError, match=r"a: a has its reason; b: b has its reason"):
+        choose(PlatformConfig(), [record("a", "broken"), record("b", "unavailable")])
+    with pytest.raises(PlatformUnavailableError, match=r"none; install one"):
+        choose(PlatformConfig(), [])
+
+
+def test_a_device_is_chosen_by_name() -> None:
+    assert choose(PlatformConfig(device="cpu:1"), [record("cpu")])[1].name == "cpu:1"
+    with pytest.raises(PlatformUnavailableError, match=r"'cpu' has no device 'cpu:2'; it has: cpu:0, cpu:1"):
+        choose(PlatformConfig(platform="cpu", device="cpu:2"), [record("cpu")])
+
+
+def test_the_allowlist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FAIRLEAD_PLUGINS", raising=False)
+    assert allowlist() is None
+    monkeypatch.setenv("FAIRLEAD_PLUGINS", " a, b,,")
+    assert allowlist() == frozenset({"a", "b"})
+    monkeypatch.setenv("FAIRLEAD_PLUGINS", "")
+    assert allowlist() == frozenset()
+
+
+def discovered(monkeypatch: pytest.MonkeyPatch, result: object) -> PlatformRecord:
+    """The record of a plugin whose hook returns (or raises) `result`."""
+
+    def fairlead_platforms() -> object:
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    module = types.ModuleType("made_up_plugin")
+    module.fairlead_platforms = hookimpl(fairlead_platforms)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "made_up_plugin", module)
+    entry_point = importlib.metadata.EntryPoint(name="made_up", value="made_up_plugin", group="fairlead.platforms")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: (entry_point,))
+    monkeypatch.delenv("FAIRLEAD_PLUGINS", raising=False)
+    (found,) = discover()
+    return found
+
+
+def test_a_good_plugin_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = discovered(monkeypatch, [spec()])
+    assert (found.name, found.status, found.reason, found.devices) == ("x", "available", None, (DEVICE,))
+    assert found.spec is not None
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (None, "got no implementation or None"),
+        ([], "expected a list of PlatformSpec, got []"),
+        ("cpu", "expected a list of PlatformSpec, got 'cpu'"),
+        ([None], "expected PlatformSpec"),
+        ([spec(), "y"], "expected PlatformSpec"),
+        ([spec(priority="high")], "priority: integer"),
+        ([spec(name="")], "name: text"),
+        ([spec(probe=None)], "probe and create: callable"),
+        ([spec(create=None)], "probe and create: callable"),
+        (ValueError("no good"), "ValueError: no good"),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
+)
+def test_a_hook_that_breaks_the_contract_is_listed(
+    monkeypatch: pytest.MonkeyPatch, result: object, reason: str
+) -> None:
+    found = discovered(monkeypatch, result)
+    assert (found.name, found.status, found.spec, found.devices) == ("made_up", "broken", None, ())
+    assert found.reason is not None
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize("answer", [None, (), "", [DEVICE], ("x:0",), 1])
+def test_a_probe_that_answers_neither_devices_nor_a_reason_is_listed(
+    monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    found = discovered(monkeypatch, [spec(probe=lambda: answer)])
+    assert (found.name, found.status, found.spec) == ("x", "broken", None)
+    assert "expected a tuple of Device, or a reason" in (found.reason or "")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no answer"), SystemExit(9)])
+def test_a_probe_that_raises_is_listed_under_its_own_name(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def probe() -> tuple[Device, ...]:
+        raise error
+
+    found = discovered(monkeypatch, [spec(probe=probe)])
+    assert (found.name, found.status, found.reason) == (
+        "x",
+        "broken",
+        f"probe() raised {type(error).__name__}: {error}",
+    )
+
+
+def test_a_plugin_of_another_contract_is_never_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    found = discovered(monkeypatch, [spec(api_version="9.9", probe=lambda: calls.append("probe"))])
+    assert (found.status, calls) == ("broken", [])
+    assert "platform contract 9.9" in (found.reason or "")
+
+
+def test_an_interrupt_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        discovered(monkeypatch, KeyboardInterrupt())
+
+
+def test_what_create_returns_must_be_a_platform() -> None:
+    bare = record("x", spec=spec(create=lambda device: types.SimpleNamespace(name="x", device=device)))
+    with pytest.raises(PluginContractError, match=r"'x' broke the contract in create.*without torch_device, capabil"):
+        create(bare, DEVICE)
+    with pytest.raises(PluginContractError, match=r"got NoneType without name, device"):
+        create(record("x", spec=spec()), DEVICE)
+
+
+def test_what_create_raises_is_named_after_the_plugin() -> None:
+    def fail(device: Device) -> None:
+        raise OSError("out\nof order")
+
+    with pytest.raises(PluginError, match=r"'x' \(pkg-x 1.5\) failed to create device 'x:0': OSError: out of order"):
+        create(record("x", spec=spec(create=fail)), DEVICE)
+
+
+def test_an_error_of_ours_that_create_raises_stays_as_it_is() -> None:
+    def refuse(device: Device) -> None:
+        raise PlatformUnavailableError("taken")
+
+    with pytest.raises(PlatformUnavailableError, match=r"^taken$"):
+        create(record("x", spec=spec(create=refuse)), DEVICE)

@@ -1,0 +1,151 @@
+"""Sampling parameters and requests: every range, and what the checks name."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from fairlead.errors import ContextLengthError, RequestError
+from fairlead.request import CompletionOutput, Request, SamplingParams, Sequence
+
+IN_RANGE: list[dict[str, Any]] = [
+    {"n": 1},
+    {"n": 128},
+    {"temperature": 0},
+    {"temperature": 0.0},
+    {"temperature": 5.0},
+    {"top_k": -1},
+    {"top_k": 0},
+    {"top_k": 10**6},
+    {"top_p": 1},
+    {"top_p": 1e-9},
+    {"min_p": 0.0},
+    {"min_p": 1.0},
+    {"seed": None},
+    {"seed": -(2**63)},
+    {"seed": 2**63 - 1},
+    {"stop": ("x",) * 64},
+    {"stop_token_ids": (0, 5)},
+    {"max_tokens": None},
+    {"max_tokens": 1},
+    {"logprobs": None},
+    {"logprobs": 0},
+    {"logprobs": 20},
+]
+OUT_OF_RANGE: list[dict[str, Any]] = [
+    {"n": 0},
+    {"n": 129},
+    {"n": 1.0},
+    {"n": True},
+    {"temperature": -0.1},
+    {"temperature": math.nan},
+    {"temperature": math.inf},
+    {"temperature": "hot"},
+    {"temperature": True},
+    {"temperature": None},
+    {"top_k": -2},
+    {"top_k": 1.5},
+    {"top_p": 0},
+    {"top_p": 1.1},
+    {"top_p": -0.5},
+    {"top_p": math.nan},
+    {"min_p": -0.1},
+    {"min_p": 1.5},
+    {"seed": 2**63},
+    {"seed": -(2**63) - 1},
+    {"seed": 1.0},
+    {"stop": ("x",) * 65},
+    {"stop": ("",)},
+    {"stop": (1,)},
+    {"stop_token_ids": (-1,)},
+    {"stop_token_ids": ("a",)},
+    {"max_tokens": 0},
+    {"max_tokens": -5},
+    {"max_tokens": 1.5},
+    {"logprobs": -1},
+    {"logprobs": 21},
+    {"logprobs": True},
+]
+
+
+@pytest.mark.parametrize("arguments", IN_RANGE, ids=lambda a: str(a)[:40])
+def test_a_value_in_range_is_kept(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    assert getattr(SamplingParams(**arguments), name) == arguments[name]
+
+
+@pytest.mark.parametrize("arguments", OUT_OF_RANGE, ids=lambda a: str(a)[:40])
+def test_a_value_out_of_range_is_named(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(RequestError, match=name) as caught:
+        SamplingParams(**arguments)
+    assert caught.value.param == name
+    assert isinstance(caught.value, ValueError)
+
+
+def test_an_absurd_value_makes_no_absurd_message() -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(temperature="x" * 100_000)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 300
+
+
+def test_one_stop_string_and_lists_become_tuples() -> None:
+    assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a", "b"], stop_token_ids=[1]).stop == ("a", "b")  # type: ignore[arg-type]
+    assert SamplingParams(stop=None, stop_token_ids=None).stop_token_ids == ()  # type: ignore[arg-type]
+
+
+def test_stop_strings_need_text() -> None:
+    with pytest.raises(RequestError, match="stop_token_ids") as caught:
+        SamplingParams(stop=("x",), detokenize=False)
+    assert caught.value.param == "stop"
+
+
+def test_greedy_is_temperature_zero() -> None:
+    assert SamplingParams(temperature=0).is_greedy
+    assert not SamplingParams(temperature=1e-9).is_greedy
+
+
+def test_parameters_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().n = 2  # type: ignore[misc]
+
+
+def check(prompt: tuple[int, ...], n: int = 1) -> None:
+    request = Request(request_id="r", prompt_token_ids=prompt, params=SamplingParams(n=n))
+    request.check(max_model_len=8, vocab_size=100, max_num_seqs=2)
+
+
+def test_the_longest_prompt_leaves_room_for_one_token() -> None:
+    check((0,) * 7)
+    check((99,), n=2)
+    with pytest.raises(ContextLengthError, match=r"maximum context length is 8 tokens.*8 tokens") as caught:
+        check((0,) * 8)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "n", "message", "param"),
+    [
+        ((), 1, "the prompt is empty", "prompt"),
+        ((5, -1), 1, r"token id -1 is outside the vocabulary \(0 to 99\)", "prompt"),
+        ((5, 100), 1, "token id 100 is outside", "prompt"),
+        ((5,), 3, "n=3 exceeds max_num_seqs=2", "n"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused(prompt: tuple[int, ...], n: int, message: str, param: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        check(prompt, n)
+    assert caught.value.param == param
+
+
+def test_a_sequence_counts_its_tokens() -> None:
+    request = Request(request_id="r", prompt_token_ids=(1, 2, 3))
+    sequence = Sequence(seq_id=0, request=request, index=0, seed=0, token_ids=[1, 2, 3, 7, 8])
+    assert (sequence.num_tokens, sequence.num_prompt_tokens, sequence.num_output_tokens) == (5, 3, 2)
+
+
+def test_an_output_is_finished_once_it_has_a_reason() -> None:
+    assert not CompletionOutput(index=0, text="", token_ids=[]).finished
+    assert CompletionOutput(index=0, text="", token_ids=[], finish_reason="stop").finished
