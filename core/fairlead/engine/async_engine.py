@@ -1,0 +1,317 @@
+"""The engine for servers: it runs in a process of its own, and this side of it is asyncio and imports no torch.
+
+Tokenisation and detokenisation happen here, so that the engine's loop only ever sees integers.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fairlead import errors
+from fairlead.config import EngineConfig
+from fairlead.engine.connection import EngineConnection, in_thread
+from fairlead.engine.front_end import FrontEnd
+from fairlead.engine.messages import (
+    Abort,
+    Add,
+    Failed,
+    FromEngine,
+    Heartbeat,
+    ProtocolError,
+    Ready,
+    Rejected,
+    Step,
+    Stop,
+)
+from fairlead.engine.output_processor import OutputProcessor
+from fairlead.errors import ContextLengthError, EngineDeadError, FairleadError, RequestError
+from fairlead.request import EngineInfo, EngineStats, FinishReason, Request, RequestOutput, SamplingParams
+from fairlead.tokenization.chat_template import ChatPrompt
+
+LONG_TEXT_CHARS = 4096  # longer prompts are tokenised in a thread
+HANG_S = 9.0  # silence after which the engine counts as hung; idle it speaks every second, busy after every step
+_LAST_WORDS_S = 0.2
+
+logger = logging.getLogger("fairlead.engine")
+
+
+class RequestStream:
+    """One request's outputs as an async iterator: cumulative, and always the newest, so a slow reader skips some.
+
+    Close it (or leave `AsyncEngine.generate`'s loop) to abort a request that has not finished.
+    """
+
+    def __init__(self, engine: "AsyncEngine", request: Request) -> None:
+        self.request = request
+        self._engine = engine
+        self._latest: RequestOutput | None = None
+        self._error: FairleadError | None = None
+        self._news = asyncio.Event()
+        self._ended = False
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._ended:
+            raise StopAsyncIteration
+        await self._news.wait()
+        self._news.clear()
+        if self._error is not None:
+            self._ended = True
+            raise self._error
+        assert self._latest is not None
+        self._ended = self._latest.finished
+        return self._latest
+
+    def close(self) -> None:
+        """Aborts the request if it has not finished; its blocks are free after the engine's current step."""
+        self._ended = True
+        self._engine._leave(self.request)
+
+    def _put(self, output: RequestOutput) -> None:
+        self._latest = output
+        self._news.set()
+
+    def _fail(self, error: FairleadError) -> None:
+        self._error = error
+        self._news.set()
+
+
+class AsyncEngine:
+    """Runs many requests at once on an engine in another process; lives in one event loop.
+
+        engine = await AsyncEngine.start(EngineConfig.of(model="demo"))
+        async for output in engine.generate("ROMEO:", SamplingParams(max_tokens=32)):
+            print(output.outputs[0].text)
+        await engine.shutdown()
+
+    `stats` is the engine's last word on itself, `num_ended` counts ended sequences by finish reason, and `dead` is
+    set once the engine has ended (`cause` says why). No request survives that; no new one is taken.
+    """
+
+    def __init__(self, connection: EngineConnection, info: EngineInfo, front: FrontEnd) -> None:
+        self.info = info
+        self.front_end = front
+        self.stats = EngineStats()
+        self.num_ended: Counter[FinishReason] = Counter(dict.fromkeys(FinishReason, 0))
+        self.dead = asyncio.Event()
+        self.cause: str | None = None
+        self._connection = connection
+        self._outputs = OutputProcessor(front.tokenizer)
+        self._streams: dict[str, RequestStream] = {}
+        self._last_message_at = time.monotonic()
+        self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._watch())]
+
+    @classmethod
+    async def start(cls, config: EngineConfig) -> "AsyncEngine":
+        """Spawns the engine's process and returns once the model is loaded.
+
+        Raises what the loading raised, as its class of fairlead.errors; no process is left behind then, nor when the
+        awaiting task is cancelled.
+        """
+        connection = EngineConnection(config)
+        front = in_thread(lambda: FrontEnd.open(config))
+        info = asyncio.ensure_future(_ready(connection))
+        try:
+            parts: list[asyncio.Future[Any]] = [front, info]
+            await asyncio.wait(parts, return_when=asyncio.FIRST_EXCEPTION)
+            for part in parts:
+                if part.done():
+                    part.result()
+            return cls(connection, info.result(), front.result())
+        except BaseException:
+            info.cancel()
+            connection.kill()
+            raise
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's process lives and has spoken within HANG_S."""
+        return not self.dead.is_set() and time.monotonic() - self._last_message_at < HANG_S
+
+    @property
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for, over SamplingParams' own defaults."""
+        return self.front_end.default_sampling_params
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt. Raises RequestError."""
+        if len(text) <= LONG_TEXT_CHARS:
+            return self.front_end.encode(text, add_special_tokens=add_special_tokens)
+        return await in_thread(lambda: self.front_end.encode(text, add_special_tokens=add_special_tokens))
+
+    async def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> ChatPrompt:
+        """A chat as text and token ids, through the model's template. Raises RequestError."""
+        return await in_thread(
+            lambda: self.front_end.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        )
+
+    def request(self, prompt_token_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Request:
+        """Makes a request that the engine can run, under an id of its own. Raises RequestError if it cannot."""
+        request = Request(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=tuple(prompt_token_ids),
+            params=params,
+            eos_token_ids=self.front_end.eos_token_ids,
+            cache_salt=cache_salt,
+        )
+        info = self.info
+        request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        return request
+
+    def submit(self, request: Request, prompt: str | None = None) -> RequestStream:
+        """Starts a request of `request()`; close the stream when done with it. Raises EngineDeadError."""
+        if self.cause is not None:
+            raise EngineDeadError(self.cause)
+        self._outputs.add(request, prompt)
+        stream = self._streams[request.request_id] = RequestStream(self, request)
+        try:
+            self._connection.send(Add(request))
+        except EngineDeadError:
+            self._outputs.abort(request.request_id)
+            del self._streams[request.request_id]
+            raise
+        return stream
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields cumulative outputs, which bear `request_id` if one is given. Leaving the loop aborts the request.
+
+        Raises RequestError at the first step if the request cannot run, EngineDeadError if the engine ends meanwhile.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        token_ids = await self.encode(prompt) if isinstance(prompt, str) else prompt
+        stream = self.submit(self.request(token_ids, params or self.default_sampling_params), text)
+        try:
+            async for output in stream:
+                yield output if request_id is None else replace(output, request_id=request_id)
+        finally:
+            stream.close()
+
+    async def shutdown(self) -> None:
+        """Fails what still runs, stops the engine's process and waits for it to end."""
+        with contextlib.suppress(EngineDeadError):
+            self._connection.send(Stop())
+        self._die("the engine was shut down")
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._connection.close()
+
+    async def _read(self) -> None:
+        try:
+            while self.cause is None:
+                message = await self._connection.receive()
+                self._last_message_at = time.monotonic()
+                self._handle(message)
+        except Exception as error:  # a fault on this side, or bytes that are no message: nobody may wait for ever
+            logger.exception("the front end of the engine failed")
+            self._die(f"the front end of the engine failed: {type(error).__name__}: {error}")
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case Step():
+                self.stats = message.stats
+                self._deliver(message)
+            case Heartbeat():
+                self.stats = message.stats
+            case Rejected():
+                self._reject(message)
+            case Failed():
+                logger.error("the engine failed: %s: %s\n%s", message.error, message.message, message.details)
+                self._die(f"the engine failed: {message.error}: {message.message}")
+            case Ready():
+                raise ProtocolError("the engine's process said Ready twice")
+
+    async def _watch(self) -> None:
+        status = await self._connection.exited
+        await asyncio.sleep(_LAST_WORDS_S)  # it may have said why
+        self._die(_how_it_ended(status))
+
+    def _deliver(self, step: Step) -> None:
+        processed = self._outputs.process(step.deltas)
+        for request_id, index in processed.finish:
+            self._send(Abort(request_id, index))
+        for output in processed.outputs:
+            self._streams[output.request_id]._put(output)
+            if output.finished:
+                del self._streams[output.request_id]
+                self._count(output)
+
+    def _count(self, output: RequestOutput) -> None:
+        for sequence in output.outputs:
+            assert sequence.finish_reason is not None
+            self.num_ended[FinishReason(sequence.finish_reason)] += 1
+
+    def _reject(self, message: Rejected) -> None:
+        self._outputs.abort(message.request_id)
+        stream = self._streams.pop(message.request_id, None)
+        if stream is not None:
+            kind = ContextLengthError if message.error == ContextLengthError.__name__ else RequestError
+            stream._fail(kind(message.message, param=message.param))
+
+    def _leave(self, request: Request) -> None:
+        """The reader of a request is gone."""
+        output = self._outputs.abort(request.request_id)
+        if output is not None:
+            del self._streams[request.request_id]
+            self._count(output)
+            self._send(Abort(request.request_id))
+
+    def _send(self, message: Abort) -> None:
+        with contextlib.suppress(EngineDeadError):  # _watch tells everybody
+            self._connection.send(message)
+
+    def _die(self, cause: str) -> None:
+        """Ends every request with EngineDeadError; the first cause stays."""
+        if self.cause is not None:
+            return
+        self.cause = cause
+        self.stats = replace(self.stats, num_requests_running=0, num_requests_waiting=0, kv_cache_usage=0.0)
+        for output in self._outputs.fail_all(cause):
+            self._count(output)
+            self._streams.pop(output.request_id)._fail(EngineDeadError(cause))
+        self.dead.set()
+
+
+async def _ready(connection: EngineConnection) -> EngineInfo:
+    """Waits for the engine to load. Raises what it raised, or EngineDeadError if it just ended."""
+    first = asyncio.ensure_future(connection.receive())
+    either: list[asyncio.Future[Any]] = [first, connection.exited]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not first.done():
+        await asyncio.wait([first], timeout=_LAST_WORDS_S)
+    if not first.done():
+        first.cancel()
+        raise EngineDeadError(f"{_how_it_ended(connection.exited.result())} while it loaded the model")
+    message = first.result()
+    if isinstance(message, Ready):
+        return message.info
+    if isinstance(message, Failed):
+        raise _as_raised(message)
+    raise EngineDeadError(f"the engine's process began with {type(message).__name__}, not with Ready")
+
+
+def _as_raised(message: Failed) -> FairleadError:
+    """The error that the loading raised: as its own class where it is one of ours."""
+    kind = getattr(errors, message.error, None)
+    if isinstance(kind, type) and issubclass(kind, FairleadError):
+        error: FairleadError = kind.__new__(kind)
+        error.args = (message.message,)
+    else:
+        error = EngineDeadError(f"the engine could not start: {message.error}: {' '.join(message.message.split())}")
+    error.add_note(message.details)
+    return error
+
+
+def _how_it_ended(status: int) -> str:
+    how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+    return f"the engine's process {how}"
