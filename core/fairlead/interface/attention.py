@@ -3,6 +3,7 @@
 Shapes: T packed tokens of a step, S sequences, H query heads, K kv-heads, D head size, B blocks of a table.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -75,6 +76,6 @@ class AttentionBackend(Protocol):
         """
         ...
 
-    def copy_blocks(self, kv_caches: list[KVCache], pairs: list[tuple[int, int]]) -> None:
+    def copy_blocks(self, kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block contents source -> destination in every layer, in the order given, before the step's writes."""
         ...

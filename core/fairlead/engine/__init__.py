@@ -1,0 +1,1 @@
+"""Runs the loop: schedule, build the batch, run the model, sample, update."""

@@ -1,0 +1,55 @@
+"""From the scheduler's integers to the model's tensors. Torch enters here.
+
+Shapes: T packed tokens, S sequences, R sequences that sample, B blocks of the longest table.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from fairlead.interface import AttentionMetadata
+from fairlead.scheduling.batch import ScheduledBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInput:
+    """One step's tensors, on the device. `sample_rows_R` are the packed rows whose logits are wanted."""
+
+    token_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    sample_rows_R: torch.Tensor
+    attention: AttentionMetadata
+
+
+def build_input(batch: ScheduledBatch, block_size: int, device: torch.device) -> ModelInput:
+    """Packs the chunks of a step one behind the other."""
+    chunks = batch.chunks
+    num_seqs = len(chunks)
+    query_lens_S = np.fromiter((len(c.token_ids) for c in chunks), np.int32, num_seqs)
+    starts_S = np.fromiter((c.start for c in chunks), np.int32, num_seqs)
+    num_tokens = int(query_lens_S.sum())
+    token_ids_T = np.fromiter(chain.from_iterable(c.token_ids for c in chunks), np.int64, num_tokens)
+
+    tables = [c.block_table for c in chunks]
+    block_tables_SB = np.zeros((num_seqs, max(map(len, tables))), np.int32)
+    for row, table in zip(block_tables_SB, tables, strict=True):
+        row[: len(table)] = table
+
+    ends_S = np.cumsum(query_lens_S)
+    sequence_T = np.repeat(np.arange(num_seqs), query_lens_S)
+    positions_T = np.arange(num_tokens) - np.repeat(ends_S - query_lens_S, query_lens_S) + starts_S[sequence_T]
+    slot_mapping_T = block_tables_SB[sequence_T, positions_T // block_size] * block_size + positions_T % block_size
+    samples_S = np.fromiter((c.sample_seed is not None for c in chunks), np.bool_, num_seqs)
+    return ModelInput(
+        token_ids_T=torch.from_numpy(token_ids_T).to(device),
+        positions_T=torch.from_numpy(positions_T).to(device),
+        sample_rows_R=torch.from_numpy((ends_S - 1)[samples_S]).to(device),
+        attention=AttentionMetadata(
+            query_lens_S=query_lens_S,
+            seq_lens_S=starts_S + query_lens_S,
+            block_tables_SB=block_tables_SB,
+            slot_mapping_T=slot_mapping_T.astype(np.int32),
+        ),
+    )

@@ -1,0 +1,76 @@
+"""The engine: one loop over scheduler and model runner."""
+
+import random
+
+from fairlead.config import EngineConfig
+from fairlead.engine.builder import build
+from fairlead.request import EngineInfo, EngineStats, Request, SequenceDelta
+from fairlead.scheduling.block_manager import BlockManager
+from fairlead.scheduling.scheduler import Scheduler
+
+
+class EngineCore:
+    """Token ids in, token ids out. Not thread-safe: one thread drives it with `step`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Loads the model; see `builder.build` for what can be raised."""
+        built = build(config)
+        self.info: EngineInfo = built.info
+        self.checkpoint = built.checkpoint
+        self.op_providers = built.op_providers
+        self._runner = built.runner
+        settings = built.settings
+        self.scheduler = Scheduler(
+            BlockManager(
+                built.info.num_blocks,
+                settings.block_size,
+                enable_prefix_caching=config.cache.enable_prefix_caching,
+            ),
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=settings.max_model_len,
+        )
+        self._seeds = random.Random(config.model.seed)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self.scheduler.has_work
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request. Raises RequestError if it can never run, ValueError if its id is in use."""
+        info = self.info
+        request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        seed = request.params.seed
+        self.scheduler.add(request, self._seeds.getrandbits(64) if seed is None else seed % 2**64)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request (or one of its n sequences) without a delta; does nothing if it is over."""
+        self.scheduler.abort(request_id, index)
+
+    def step(self) -> list[SequenceDelta]:
+        """Runs one step; returns what it added to each sequence. Call only while `has_work`.
+
+        If the platform raises, every request is ended, the cache is forgotten, and the error goes on.
+        """
+        batch = self.scheduler.schedule()
+        try:
+            sampled = self._runner.execute(batch)
+        except BaseException:  # Ctrl-C too: no request may stay behind half computed
+            self.scheduler.abort_all()
+            raise
+        return self.scheduler.update(batch, sampled)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges as of now."""
+        return self.scheduler.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; requests that run keep their blocks. Always True."""
+        self.scheduler.blocks.reset_cache()
+        return True
+
+    def close(self) -> None:
+        """Ends every request and lets go of the model and its cache."""
+        self.scheduler.abort_all()
+        del self._runner

@@ -1,0 +1,218 @@
+"""Offline inference in this process: `LLM`. Needs no server package."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fairlead.config import EngineConfig
+from fairlead.engine.engine import EngineCore
+from fairlead.engine.output_processor import OutputProcessor
+from fairlead.errors import ConfigError, RequestError
+from fairlead.request import EngineInfo, Request, RequestOutput, SamplingParams
+from fairlead.tokenization.chat_template import encode_chat
+from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | list[int] | Mapping[str, Any]
+"""A text, its token ids, or {"prompt": text} or {"prompt_token_ids": [...]}."""
+
+Message = dict[str, Any]
+"""One chat message: {"role": ..., "content": ...}."""
+
+_ACCEPTED = ("trust_remote_code", "disable_log_stats", "enforce_eager", "enable_chunked_prefill")
+
+
+class LLM:
+    """Loads a model and generates from it; the arguments are vLLM's, and any other setting of EngineConfig.
+
+    A name that vLLM has and that changes nothing here (such as enforce_eager) is accepted. Raises ConfigError for an
+    unknown one.
+    """
+
+    def __init__(self, model: str = "demo", **settings: Any) -> None:
+        for name in _ACCEPTED:
+            settings.pop(name, None)
+        self.config = EngineConfig.of(model=str(model), **settings)
+        self.engine = EngineCore(self.config)
+        self._checkpoint = self.engine.checkpoint
+        self._tokenizer: Tokenizer | None = None
+        if not self.config.model.skip_tokenizer_init:
+            self._tokenizer = load_tokenizer(self.config.model.tokenizer or self._checkpoint.directory)
+        self._outputs = OutputProcessor(self._tokenizer)
+        self._ids = itertools.count()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded, and where it runs."""
+        return self.engine.info
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ConfigError if none was loaded."""
+        if self._tokenizer is None:
+            raise ConfigError("this LLM was made with skip_tokenizer_init=True and has no tokenizer")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults (generation_config.json), unless generation_config="fairlead"."""
+        if self.config.model.generation_config == "fairlead":
+            return SamplingParams()
+        return SamplingParams(**self._checkpoint.sampling_defaults())
+
+    def generate(
+        self,
+        prompts: Prompt | list[Prompt] | list[str] | list[list[int]] | list[Mapping[str, Any]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes one prompt or a list of them, batched; outputs come in the order of the prompts.
+
+        One SamplingParams serves all prompts, a list gives each its own. Raises RequestError before anything runs if
+        one of them is invalid.
+        """
+        batch = _as_list(prompts)
+        requests = [
+            self._request(prompt, params)
+            for prompt, params in zip(batch, self._params(sampling_params, len(batch)), strict=True)
+        ]
+        return self._run(requests, use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, through the model's chat template (or the one given)."""
+        chats = [messages] if messages and isinstance(messages[0], dict) else messages
+        requests = [
+            self._request(self._chat_prompt(chat, chat_template, add_generation_prompt), params)
+            for chat, params in zip(chats, self._params(sampling_params, len(chats)), strict=True)
+        ]
+        return self._run(requests, use_tqdm=use_tqdm)
+
+    def generate_stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Completes one prompt; yields the output so far after every step in which its tokens grew.
+
+        Closing the iterator aborts the request.
+        """
+        return self._stream(self._request(prompt, sampling_params or self.get_default_sampling_params()))
+
+    def chat_stream(
+        self, messages: list[Message], sampling_params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Answers one conversation; yields like `generate_stream`."""
+        prompt = self._chat_prompt(messages, None, True)
+        return self._stream(self._request(prompt, sampling_params or self.get_default_sampling_params()))
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes."""
+        return self.engine.reset_prefix_cache()
+
+    def close(self) -> None:
+        """Ends what runs and frees model and cache; the LLM cannot be used afterwards."""
+        self.engine.close()
+
+    def _params(self, given: SamplingParams | Iterable[SamplingParams] | None, num: int) -> list[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * num
+        params = list(given)
+        if len(params) != num:
+            raise RequestError(f"there are {num} prompts, but {len(params)} sampling_params", param="sampling_params")
+        return params
+
+    def _chat_prompt(self, messages: Any, template: str | None, add_generation_prompt: bool) -> Mapping[str, Any]:
+        if template is None and self.config.model.chat_template is not None:
+            template = Path(self.config.model.chat_template).read_text(encoding="utf-8")
+        chat = encode_chat(
+            self.get_tokenizer(), messages, template=template, add_generation_prompt=add_generation_prompt
+        )
+        return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
+
+    def _request(self, prompt: Any, params: SamplingParams) -> tuple[Request, str | None]:
+        text: str | None = None
+        if isinstance(prompt, str):
+            prompt = {"prompt": prompt}
+        if isinstance(prompt, Mapping):
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        else:
+            token_ids = prompt
+        if token_ids is None:
+            if not isinstance(text, str):
+                raise RequestError(f"a prompt must be text or token ids, got {prompt!r:.100}", param="prompt")
+            token_ids = self.get_tokenizer().encode(text)
+        if not isinstance(token_ids, (list, tuple)) or not all(type(i) is int for i in token_ids):
+            raise RequestError(f"token ids must be a list of integers, got {token_ids!r:.100}", param="prompt")
+        request = Request(
+            request_id=str(next(self._ids)),
+            prompt_token_ids=tuple(token_ids),
+            params=params,
+            eos_token_ids=self._eos_token_ids(),
+        )
+        info = self.info
+        request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        return request, text
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        own = self._tokenizer.eos_token_ids if self._tokenizer is not None else ()
+        return tuple(dict.fromkeys((*self._checkpoint.eos_token_ids, *own)))
+
+    def _run(self, requests: list[tuple[Request, str | None]], *, use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        with tqdm(total=len(requests), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            try:
+                for request, text in requests:
+                    self._add(request, text)
+                while self.engine.has_work:
+                    for output in self._step(only_finished=True):
+                        finished[output.request_id] = output
+                        bar.update()
+            finally:
+                for request, _ in requests:
+                    self._forget(request.request_id)
+        return [finished[request.request_id] for request, _ in requests]
+
+    def _stream(self, request: tuple[Request, str | None]) -> Iterator[RequestOutput]:
+        request_id = request[0].request_id
+        self._add(*request)
+        num_tokens = 0
+        try:
+            while self.engine.has_work:
+                for output in self._step(only_finished=False):
+                    grown = sum(len(o.token_ids) for o in output.outputs)
+                    if output.request_id == request_id and (grown > num_tokens or output.finished):
+                        num_tokens = grown
+                        yield output
+        finally:
+            self._forget(request_id)
+
+    def _add(self, request: Request, text: str | None) -> None:
+        self._outputs.add(request, text)
+        self.engine.add_request(request)
+
+    def _forget(self, request_id: str) -> None:
+        """Ends a request that is still in flight after an error, Ctrl-C or a closed iterator."""
+        if self._outputs.abort(request_id) is not None:
+            self.engine.abort(request_id)
+
+    def _step(self, *, only_finished: bool) -> list[RequestOutput]:
+        processed = self._outputs.process(self.engine.step(), only_finished=only_finished)
+        for request_id, index in processed.finish:
+            self.engine.abort(request_id, index)
+        return processed.outputs
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """One prompt as a list of one. A list of integers is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if isinstance(prompts, (list, tuple)):
+        return [prompts] if prompts and all(type(i) is int for i in prompts) else list(prompts)
+    raise RequestError(f"prompts must be text, token ids, or a list of them, got {prompts!r:.100}", param="prompt")

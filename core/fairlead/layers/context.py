@@ -1,0 +1,31 @@
+"""What a model is built with, and what one step brings to it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fairlead.interface import AttentionBackend, KVCache
+from fairlead.ops.table import Ops
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildContext:
+    """Handed down through a model's constructors. Weights are made on the meta device; the loader gives them memory."""
+
+    ops: Ops
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+
+    def weight(self, *shape: int) -> torch.nn.Parameter:
+        """A weight without memory yet."""
+        return torch.nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), requires_grad=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What the attention layers need of one step: an argument of every forward, never a global."""
+
+    backend: AttentionBackend
+    kv_caches: list[KVCache]
+    plan: object

@@ -1,0 +1,33 @@
+"""Linear layers, single and merged."""
+
+import torch
+
+from fairlead.layers.context import BuildContext
+
+
+class Linear(torch.nn.Module):
+    """x (N, in) to (N, out)."""
+
+    def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool = False) -> None:
+        super().__init__()
+        self._linear = ctx.ops.linear
+        self.weight = ctx.weight(out_features, in_features)
+        self.bias = ctx.weight(out_features) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, self.weight, self.bias)
+
+
+class MergedLinear(Linear):
+    """Several linear layers of one input, computed as one: their outputs stand side by side.
+
+    `parts` are (name, output size). A checkpoint stores part `name` as a sibling of this layer, so
+    "self_attn.qkv_proj" is read from "self_attn.q_proj", "self_attn.k_proj" and "self_attn.v_proj".
+    """
+
+    def __init__(
+        self, in_features: int, parts: tuple[tuple[str, int], ...], ctx: BuildContext, *, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, sum(size for _, size in parts), ctx, bias=bias)
+        self.parts = parts
+        self.sizes = [size for _, size in parts]

@@ -1,0 +1,120 @@
+"""Fills a model from safetensors: plan on the headers, allocate, then stream each tensor into its place.
+
+A tensor is read by mmap and copied straight into its slice of the (possibly merged) weight, so the peak is the model
+plus one tensor. Whatever does not fit is found before anything is allocated.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fairlead.checkpoint import Checkpoint, StoredTensor
+from fairlead.errors import CheckpointError
+from fairlead.interface import MemoryAllocator
+from fairlead.layers.linear import MergedLinear
+
+_FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # stored by old versions of transformers; computed here
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Target:
+    """Where one stored tensor goes: rows [start, stop) of a parameter."""
+
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.parameter.shape[1:])
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: MemoryAllocator) -> int:
+    """Loads all weights; returns their bytes. Raises CheckpointError or ModelNotFoundError naming file and tensor."""
+    targets = _targets(model)
+    stored = checkpoint.tensors()
+    _check(targets, stored, checkpoint)
+    memory = _allocate(model, allocator)
+    files: dict[str, list[str]] = {}
+    for name in targets:
+        files.setdefault(str(stored[name].file), []).append(name)
+    for file, names in files.items():
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in names:
+                    target = targets[name]
+                    memory[target.parameter][target.start : target.stop].copy_(reader.get_tensor(name))
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    _place(model, memory)
+    return sum(t.nbytes for t in memory.values())
+
+
+def dummy_weights(model: torch.nn.Module, allocator: MemoryAllocator, *, seed: int) -> int:
+    """Fills the model with small random weights (norms with ones), for benchmarks; returns their bytes."""
+    memory = _allocate(model, allocator)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in memory.values():
+        if tensor.dim() == 1:
+            tensor.fill_(1.0)
+        else:
+            tensor.copy_(torch.empty(tensor.shape).normal_(0, 0.02, generator=generator))
+    _place(model, memory)
+    return sum(t.nbytes for t in memory.values())
+
+
+def _targets(model: torch.nn.Module) -> dict[str, _Target]:
+    """Checkpoint name to place. A weight shared by two layers (tied embeddings) is read under its first name."""
+    targets: dict[str, _Target] = {}
+    seen: set[torch.nn.Parameter] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                continue
+            seen.add(parameter)
+            if isinstance(module, MergedLinear):
+                parent = path.rpartition(".")[0]
+                start = 0
+                for part, size in module.parts:
+                    targets[f"{parent}.{part}.{name}"] = _Target(parameter=parameter, start=start, stop=start + size)
+                    start += size
+            else:
+                targets[f"{path}.{name}"] = _Target(parameter=parameter, start=0, stop=parameter.shape[0])
+    return targets
+
+
+def _check(targets: dict[str, _Target], stored: dict[str, StoredTensor], checkpoint: Checkpoint) -> None:
+    where = checkpoint.directory
+    missing = [name for name in targets if name not in stored]
+    if missing:
+        raise CheckpointError(f"{where}: tensor {missing[0]!r} is missing ({len(missing)} in all)")
+    for name, target in targets.items():
+        tensor = stored[name]
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} has shape {tensor.shape}, but config.json asks for {target.shape}"
+            )
+        if tensor.dtype not in _FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r} has dtype {tensor.dtype}; supported: {', '.join(_FLOAT_DTYPES)}"
+            )
+    tied = "lm_head.weight" if "lm_head.weight" not in targets else None
+    extra = [n for n in stored if n not in targets and n != tied and not n.endswith(_IGNORED_SUFFIXES)]
+    if extra:
+        name = extra[0]
+        raise CheckpointError(
+            f"{stored[name].file}: tensor {name!r} has no place in this architecture ({len(extra)} such tensors)"
+        )
+
+
+def _allocate(model: torch.nn.Module, allocator: MemoryAllocator) -> dict[torch.nn.Parameter, torch.Tensor]:
+    return {p: allocator.empty(tuple(p.shape), p.dtype, tag="weights") for p in dict.fromkeys(model.parameters())}
+
+
+def _place(model: torch.nn.Module, memory: dict[torch.nn.Parameter, torch.Tensor]) -> None:
+    placed = {p: torch.nn.Parameter(tensor, requires_grad=False) for p, tensor in memory.items()}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, placed[parameter])

@@ -1,0 +1,43 @@
+"""Which class runs which architecture."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from fairlead.errors import UnsupportedModelError
+from fairlead.layers.context import BuildContext, Step
+from fairlead.models.config import ModelShape
+
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
+}
+
+
+class CausalLM(Protocol):
+    """What the model runner asks of a model."""
+
+    def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        """Hidden states (T, E) of the step's packed tokens."""
+        ...
+
+    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
+        """Logits (S, V) in float32 of chosen hidden states."""
+        ...
+
+
+def check_supported(architecture: str) -> None:
+    """Raises UnsupportedModelError, listing what there is, for an architecture without a class."""
+    if architecture not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(_ARCHITECTURES))}"
+        )
+
+
+def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
+    """Makes the model, its weights on the meta device."""
+    check_supported(architecture)
+    module, name = _ARCHITECTURES[architecture].split(":")
+    model: torch.nn.Module = getattr(importlib.import_module(module), name)(config, shape, ctx)
+    return model

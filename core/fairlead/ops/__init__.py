@@ -1,0 +1,1 @@
+"""What each op means (`reference`), and which implementation of it runs (`table`)."""

@@ -1,0 +1,97 @@
+"""Paged attention from the reference ops: what a platform without kernels of its own uses, and the oracle."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from fairlead.interface import AttentionMetadata, AttentionShape, KVCache, MemoryAllocator
+from fairlead.ops import reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCache:
+    """One layer's keys and values by slot, each (blocks * block size, K, D)."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+class SlotCacheOwner:
+    """The part that backends with the plain slot layout share: sizes, allocation, block copies."""
+
+    def __init__(self, shape: AttentionShape, allocator: MemoryAllocator) -> None:
+        self.shape = shape
+        self._allocator = allocator
+        self._dtype: torch.dtype = getattr(torch, shape.dtype)
+
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        s = self.shape
+        return 2 * s.num_layers * s.block_size * s.num_kv_heads * s.head_size * self._dtype.itemsize
+
+    def allocate(self, num_blocks: int) -> list[KVCache]:
+        """One SlotCache per layer."""
+        s = self.shape
+        size = (num_blocks * s.block_size, s.num_kv_heads, s.head_size)
+        return [
+            SlotCache(
+                k=self._allocator.empty(size, self._dtype, tag="kv_cache"),
+                v=self._allocator.empty(size, self._dtype, tag="kv_cache"),
+            )
+            for _ in range(s.num_layers)
+        ]
+
+    def copy_blocks(self, kv_caches: Seq[KVCache], pairs: Seq[tuple[int, int]]) -> None:
+        """Copies whole blocks within every layer, one pair after the other."""
+        size = self.shape.block_size
+        for cache in kv_caches:
+            assert isinstance(cache, SlotCache)
+            for source, destination in pairs:
+                for tensor in (cache.k, cache.v):
+                    tensor[destination * size : (destination + 1) * size] = tensor[source * size : (source + 1) * size]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    query_lens_S: list[int]
+    seq_lens_S: list[int]
+    block_tables_SB: torch.Tensor
+    slot_mapping_T: torch.Tensor
+
+
+class ReferenceAttention(SlotCacheOwner):
+    """AttentionBackend on `reference.kv_cache_write` and `reference.paged_attention`: correct, and slow."""
+
+    name = "reference"
+
+    def __init__(self, shape: AttentionShape, allocator: MemoryAllocator, device: torch.device) -> None:
+        super().__init__(shape, allocator)
+        self._device = device
+
+    def plan(self, metadata: AttentionMetadata) -> object:
+        """Moves the step's integers to the device."""
+        return _Plan(
+            query_lens_S=metadata.query_lens_S.tolist(),
+            seq_lens_S=metadata.seq_lens_S.tolist(),
+            block_tables_SB=torch.from_numpy(metadata.block_tables_SB).to(self._device),
+            slot_mapping_T=torch.from_numpy(metadata.slot_mapping_T).to(self._device).long(),
+        )
+
+    def forward(
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_cache: KVCache, plan: object
+    ) -> torch.Tensor:
+        """Writes, then attends, one sequence after the other."""
+        assert isinstance(plan, _Plan)
+        assert isinstance(kv_cache, SlotCache)
+        reference.kv_cache_write(k_TKD, v_TKD, kv_cache.k, kv_cache.v, plan.slot_mapping_T)
+        return reference.paged_attention(
+            q_THD,
+            kv_cache.k,
+            kv_cache.v,
+            plan.query_lens_S,
+            plan.seq_lens_S,
+            plan.block_tables_SB,
+            self.shape.block_size,
+            self.shape.scale,
+        )

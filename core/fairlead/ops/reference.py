@@ -1,0 +1,117 @@
+"""The meaning of every op, in plain PyTorch: the fallback of a new platform and the oracle of every kernel.
+
+Shapes: T packed tokens of a step, N rows of any kind, H query heads, K kv-heads, D head size, E model width,
+F feed-forward width, V vocabulary, S sequences, B blocks of a table, P positions.
+Inputs are not changed and results are new tensors, unless a docstring says otherwise. Reductions run in float32.
+"""
+
+import torch
+from torch.nn import functional
+
+
+def embedding(token_ids_T: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
+    """Rows of the embedding matrix, (T, E). `token_ids_T` is int64 and within the vocabulary."""
+    return functional.embedding(token_ids_T, weight_VE)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (N, in) times weight (out, in) transposed, plus bias (out): (N, out) in x's dtype."""
+    return functional.linear(x, weight, bias)
+
+
+def rms_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x², over E) + eps) * weight, normalised in float32, rounded to x's dtype, then scaled.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
+    """
+    x32 = x_NE.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight_E * normed.to(x_NE.dtype)
+
+
+def fused_add_rms_norm(
+    x_NE: torch.Tensor, residual_NE: torch.Tensor, weight_E: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype before it is normalised."""
+    total = x_NE + residual_NE
+    return rms_norm(total, weight_E, eps), total
+
+
+def layer_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over E. Source: Ba et al., "Layer Normalization" (2016)."""
+    return functional.layer_norm(x_NE, (x_NE.shape[-1],), weight_E, bias_E, eps)
+
+
+def rotary_embedding(
+    q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotates q and k by their positions, halves paired (i with i + D/2); returns the rotated (q, k).
+
+    `cos_PD` and `sin_PD` hold the table of every position in q's dtype, both halves alike.
+    Source: Su et al., "RoFormer" (2021), section 3.4.2, in the half-split layout of GPT-NeoX.
+    """
+    cos_T1D, sin_T1D = cos_PD[positions_T].unsqueeze(1), sin_PD[positions_T].unsqueeze(1)
+    return q_THD * cos_T1D + _rotate_half(q_THD) * sin_T1D, k_TKD * cos_T1D + _rotate_half(k_TKD) * sin_T1D
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def silu_and_mul(x_N2F: torch.Tensor) -> torch.Tensor:
+    """silu of the first half of each row times the second half: (N, F). Source: Shazeer, "GLU Variants" (2020)."""
+    gate, up = x_N2F.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def gelu_and_mul(x_N2F: torch.Tensor) -> torch.Tensor:
+    """gelu (tanh form) of the first half of each row times the second half: (N, F)."""
+    gate, up = x_N2F.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def kv_cache_write(
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
+) -> None:
+    """Stores row t in slot `slot_mapping_T[t]` (int64) of both caches of shape (slots, K, D), in place."""
+    k_cache[slot_mapping_T] = k_TKD.to(k_cache.dtype)
+    v_cache[slot_mapping_T] = v_TKD.to(v_cache.dtype)
+
+
+def paged_attention(
+    q_THD: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    query_lens_S: list[int],
+    seq_lens_S: list[int],
+    block_tables_SB: torch.Tensor,
+    block_size: int,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention of each sequence's new queries over its paged context: (T, H, D) in q's dtype.
+
+    The queries of sequence i are the last `query_lens_S[i]` positions of its `seq_lens_S[i]` tokens. Caches have
+    shape (slots, K, D). One sequence after the other, in float32: the oracle, not the fast way.
+    Source: Kwon et al., "PagedAttention" (SOSP 2023), equation 4.
+    """
+    out_THD = torch.empty_like(q_THD)
+    offsets = torch.arange(block_size, device=q_THD.device)
+    group = q_THD.shape[1] // k_cache.shape[1]
+    start = 0
+    for i, (num_queries, num_tokens) in enumerate(zip(query_lens_S, seq_lens_S, strict=True)):
+        slots = (block_tables_SB[i, :, None].long() * block_size + offsets).flatten()[:num_tokens]
+        k_LHD = k_cache[slots].float().repeat_interleave(group, dim=1)
+        v_LHD = v_cache[slots].float().repeat_interleave(group, dim=1)
+        q_QHD = q_THD[start : start + num_queries].float()
+        scores_HQL = torch.einsum("qhd,lhd->hql", q_QHD, k_LHD) * scale
+        positions_Q = torch.arange(num_tokens - num_queries, num_tokens, device=q_THD.device)
+        hidden_QL = torch.arange(num_tokens, device=q_THD.device) > positions_Q[:, None]
+        probs_HQL = scores_HQL.masked_fill(hidden_QL, -torch.inf).softmax(-1)
+        out_THD[start : start + num_queries] = torch.einsum("hql,lhd->qhd", probs_HQL, v_LHD).to(q_THD.dtype)
+        start += num_queries
+    return out_THD

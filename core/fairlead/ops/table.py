@@ -1,0 +1,79 @@
+"""Which implementation of each op runs: chosen once, when a model is built, never per call."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from fairlead.errors import ConfigError, PluginContractError
+from fairlead.interface import OpProvider
+from fairlead.ops import reference
+
+Tensor = torch.Tensor
+
+REFERENCE = "reference"
+
+TOLERANCE: dict[str, float] = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3}
+"""Largest error of a provider against the float32 reference, absolute plus relative, by dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ops:
+    """The chosen implementations; signatures and meaning are those of `fairlead.ops.reference`."""
+
+    embedding: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    fused_add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+    rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    silu_and_mul: Callable[[Tensor], Tensor]
+    gelu_and_mul: Callable[[Tensor], Tensor]
+
+
+OP_NAMES = tuple(f.name for f in fields(Ops))
+
+
+def choose_ops(
+    platform: str,
+    providers: Mapping[str, tuple[OpProvider, ...]],
+    *,
+    dtype: str,
+    overrides: tuple[str, ...] = (),
+) -> tuple[Ops, dict[str, str]]:
+    """Picks a provider for every op; returns the ops and the chosen provider's name by op.
+
+    The highest priority that does not refuse the dtype wins; the reference (priority 0) is always there.
+    `overrides` are "op=provider" of the config. Raises ConfigError on one that names nothing or refuses, and
+    PluginContractError if the platform brings an op that the contract does not have.
+    """
+    wanted = dict(item.split("=") for item in overrides)
+    for name in providers:
+        if name not in OP_NAMES:
+            raise PluginContractError(
+                plugin=platform, hook="ops", expected=f"op names among {', '.join(OP_NAMES)}", got=repr(name)
+            )
+    for name in wanted:
+        if name not in OP_NAMES:
+            raise ConfigError(f"op_providers names {name!r}; the ops are: {', '.join(OP_NAMES)}")
+    chosen: dict[str, OpProvider] = {}
+    for name in OP_NAMES:
+        own = OpProvider(name=REFERENCE, fn=getattr(reference, name), priority=0)
+        candidates = [*providers.get(name, ()), own]
+        chosen[name] = _choose(name, candidates, dtype, wanted.get(name))
+    ops = Ops(**{name: provider.fn for name, provider in chosen.items()})
+    return ops, {name: provider.name for name, provider in chosen.items()}
+
+
+def _choose(op: str, candidates: list[OpProvider], dtype: str, wanted: str | None) -> OpProvider:
+    if wanted is None:
+        usable = [p for p in candidates if p.refuses(dtype) is None]
+        return max(usable, key=lambda p: p.priority)
+    for provider in candidates:
+        if provider.name == wanted:
+            reason = provider.refuses(dtype)
+            if reason is not None:
+                raise ConfigError(f"provider {wanted!r} of op {op!r} cannot be used: {reason}")
+            return provider
+    names = ", ".join(p.name for p in candidates)
+    raise ConfigError(f"op {op!r} has no provider {wanted!r}; it has: {names}")

@@ -1,0 +1,25 @@
+"""The CPU's op providers: native kernels register here."""
+
+import torch
+from torch.nn import functional
+
+from fairlead.interface import OpProvider
+
+
+def rms_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """Torch's one-pass kernel in place of the reference's five."""
+    return functional.rms_norm(x_NE, (x_NE.shape[-1],), weight_E, eps)
+
+
+def fused_add_rms_norm(
+    x_NE: torch.Tensor, residual_NE: torch.Tensor, weight_E: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds, then norms in one pass."""
+    total = x_NE + residual_NE
+    return rms_norm(total, weight_E, eps), total
+
+
+PROVIDERS: dict[str, tuple[OpProvider, ...]] = {
+    "rms_norm": (OpProvider(name="torch", fn=rms_norm),),
+    "fused_add_rms_norm": (OpProvider(name="torch", fn=fused_add_rms_norm),),
+}

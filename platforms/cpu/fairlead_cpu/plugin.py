@@ -1,0 +1,30 @@
+"""Registers the CPU; imports no torch."""
+
+import os
+import platform as host
+from typing import TYPE_CHECKING
+
+from fairlead.interface import PLATFORM_API, Device, PlatformSpec, hookimpl
+from fairlead_cpu import memory
+
+if TYPE_CHECKING:
+    from fairlead.interface import Platform
+
+
+def probe() -> tuple[Device, ...] | str:
+    """The host's processors as one device."""
+    description = f"{host.machine()}, {len(os.sched_getaffinity(0))} cores"
+    return (Device(name="cpu:0", description=description, memory_bytes=memory.info().total_bytes),)
+
+
+def create(device: Device) -> "Platform":
+    """Imports torch and makes the platform."""
+    from fairlead_cpu.platform import CpuPlatform
+
+    return CpuPlatform(device)
+
+
+@hookimpl
+def fairlead_platforms() -> list[PlatformSpec]:
+    """The CPU, the platform of last resort: priority 0."""
+    return [PlatformSpec(name="cpu", api_version=PLATFORM_API, priority=0, probe=probe, create=create)]
