@@ -80,11 +80,10 @@ class Checkpoint:
     def sampling_defaults(self) -> dict[str, Any]:
         """The SamplingParams that generation_config.json sets; greedy where it says do_sample: false."""
         given = self.generation_config
-        names = ("temperature", "top_k", "top_p", "min_p")
-        defaults = {name: given[name] for name in names if given.get(name) is not None}
         if given.get("do_sample") is False:
-            defaults = {"temperature": 0.0}
-        return defaults
+            return {"temperature": 0.0}
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return {name: given[name] for name in names if given.get(name) is not None}
 
     def tensors(self) -> dict[str, StoredTensor]:
         """All tensors by name, from the headers alone. Raises on a missing, truncated or inconsistent file."""

@@ -16,7 +16,6 @@ class EngineCore:
         """Loads the model; see `builder.build` for what can be raised."""
         built = build(config)
         self.info: EngineInfo = built.info
-        self.checkpoint = built.checkpoint
         self.op_providers = built.op_providers
         self._runner = built.runner
         settings = built.settings

@@ -2,18 +2,17 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from fairlead.config import EngineConfig
 from fairlead.engine.engine import EngineCore
+from fairlead.engine.front_end import FrontEnd
 from fairlead.engine.output_processor import OutputProcessor
 from fairlead.errors import ConfigError, RequestError
 from fairlead.request import EngineInfo, Request, RequestOutput, SamplingParams
-from fairlead.tokenization.chat_template import encode_chat
-from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
+from fairlead.tokenization.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Mapping[str, Any]
 """A text, its token ids, or {"prompt": text} or {"prompt_token_ids": [...]}."""
@@ -35,12 +34,11 @@ class LLM:
         for name in _ACCEPTED:
             settings.pop(name, None)
         self.config = EngineConfig.of(model=str(model), **settings)
+        self.front_end = FrontEnd.open(self.config)
         self.engine = EngineCore(self.config)
-        self._checkpoint = self.engine.checkpoint
-        self._tokenizer: Tokenizer | None = None
-        if not self.config.model.skip_tokenizer_init:
-            self._tokenizer = load_tokenizer(self.config.model.tokenizer or self._checkpoint.directory)
-        self._outputs = OutputProcessor(self._tokenizer)
+        self._outputs = OutputProcessor(self.front_end.tokenizer)
+        self._latest: dict[str, RequestOutput] = {}
+        self._num_streams = 0
         self._ids = itertools.count()
 
     @property
@@ -50,15 +48,13 @@ class LLM:
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError if none was loaded."""
-        if self._tokenizer is None:
+        if self.front_end.tokenizer is None:
             raise ConfigError("this LLM was made with skip_tokenizer_init=True and has no tokenizer")
-        return self._tokenizer
+        return self.front_end.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The model's own defaults (generation_config.json), unless generation_config="fairlead"."""
-        if self.config.model.generation_config == "fairlead":
-            return SamplingParams()
-        return SamplingParams(**self._checkpoint.sampling_defaults())
+        return self.front_end.default_sampling_params
 
     def generate(
         self,
@@ -85,13 +81,12 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
-        chat_template: str | None = None,
         add_generation_prompt: bool = True,
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, through the model's chat template (or the one given)."""
+        """Answers one conversation or a list of them, through the model's chat template."""
         chats = [messages] if messages and isinstance(messages[0], dict) else messages
         requests = [
-            self._request(self._chat_prompt(chat, chat_template, add_generation_prompt), params)
+            self._request(self._chat_prompt(chat, add_generation_prompt), params)
             for chat, params in zip(chats, self._params(sampling_params, len(chats)), strict=True)
         ]
         return self._run(requests, use_tqdm=use_tqdm)
@@ -107,7 +102,7 @@ class LLM:
         self, messages: list[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[RequestOutput]:
         """Answers one conversation; yields like `generate_stream`."""
-        prompt = self._chat_prompt(messages, None, True)
+        prompt = self._chat_prompt(messages, True)
         return self._stream(self._request(prompt, sampling_params or self.get_default_sampling_params()))
 
     def reset_prefix_cache(self) -> bool:
@@ -128,12 +123,8 @@ class LLM:
             raise RequestError(f"there are {num} prompts, but {len(params)} sampling_params", param="sampling_params")
         return params
 
-    def _chat_prompt(self, messages: Any, template: str | None, add_generation_prompt: bool) -> Mapping[str, Any]:
-        if template is None and self.config.model.chat_template is not None:
-            template = Path(self.config.model.chat_template).read_text(encoding="utf-8")
-        chat = encode_chat(
-            self.get_tokenizer(), messages, template=template, add_generation_prompt=add_generation_prompt
-        )
+    def _chat_prompt(self, messages: Any, add_generation_prompt: bool) -> Mapping[str, Any]:
+        chat = self.front_end.encode_chat(messages, add_generation_prompt=add_generation_prompt)
         return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
 
     def _request(self, prompt: Any, params: SamplingParams) -> tuple[Request, str | None]:
@@ -147,50 +138,55 @@ class LLM:
         if token_ids is None:
             if not isinstance(text, str):
                 raise RequestError(f"a prompt must be text or token ids, got {prompt!r:.100}", param="prompt")
-            token_ids = self.get_tokenizer().encode(text)
+            token_ids = self.front_end.encode(text)
         if not isinstance(token_ids, (list, tuple)) or not all(type(i) is int for i in token_ids):
             raise RequestError(f"token ids must be a list of integers, got {token_ids!r:.100}", param="prompt")
         request = Request(
             request_id=str(next(self._ids)),
             prompt_token_ids=tuple(token_ids),
             params=params,
-            eos_token_ids=self._eos_token_ids(),
+            eos_token_ids=self.front_end.eos_token_ids,
         )
         info = self.info
         request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
         return request, text
 
-    def _eos_token_ids(self) -> tuple[int, ...]:
-        own = self._tokenizer.eos_token_ids if self._tokenizer is not None else ()
-        return tuple(dict.fromkeys((*self._checkpoint.eos_token_ids, *own)))
-
     def _run(self, requests: list[tuple[Request, str | None]], *, use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
-        with tqdm(total=len(requests), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            try:
-                for request, text in requests:
-                    self._add(request, text)
-                while self.engine.has_work:
-                    for output in self._step(only_finished=True):
-                        finished[output.request_id] = output
-                        bar.update()
-            finally:
-                for request, _ in requests:
-                    self._forget(request.request_id)
+        hidden = None if use_tqdm else True  # None: shown on a terminal only
+        try:
+            for request, text in requests:
+                self._add(request, text)
+            with tqdm(total=len(requests), desc="Processed prompts", disable=hidden, dynamic_ncols=True) as bar:
+                ours = {request.request_id for request, _ in requests}
+                while len(finished) < len(ours):
+                    self._step()
+                    done = [i for i, output in self._latest.items() if output.finished and i in ours]
+                    finished |= {i: self._latest.pop(i) for i in done}
+                    bar.update(len(done))
+        finally:
+            for request, _ in requests:
+                self._forget(request.request_id)
         return [finished[request.request_id] for request, _ in requests]
 
     def _stream(self, request: tuple[Request, str | None]) -> Iterator[RequestOutput]:
         request_id = request[0].request_id
         self._add(*request)
+        self._num_streams += 1
         num_tokens = 0
         try:
-            while self.engine.has_work:
-                for output in self._step(only_finished=False):
-                    grown = sum(len(o.token_ids) for o in output.outputs)
-                    if output.request_id == request_id and (grown > num_tokens or output.finished):
-                        num_tokens = grown
-                        yield output
+            while True:
+                while request_id not in self._latest:
+                    self._step()
+                output = self._latest.pop(request_id)
+                grown = sum(len(o.token_ids) for o in output.outputs)
+                if grown > num_tokens or output.finished:
+                    num_tokens = grown
+                    yield output
+                if output.finished:
+                    return
         finally:
+            self._num_streams -= 1
             self._forget(request_id)
 
     def _add(self, request: Request, text: str | None) -> None:
@@ -199,14 +195,16 @@ class LLM:
 
     def _forget(self, request_id: str) -> None:
         """Ends a request that is still in flight after an error, Ctrl-C or a closed iterator."""
+        self._latest.pop(request_id, None)
         if self._outputs.abort(request_id) is not None:
             self.engine.abort(request_id)
 
-    def _step(self, *, only_finished: bool) -> list[RequestOutput]:
-        processed = self._outputs.process(self.engine.step(), only_finished=only_finished)
+    def _step(self) -> None:
+        """One step for all that is in flight: whoever steps leaves the others' outputs in `_latest`."""
+        processed = self._outputs.process(self.engine.step(), only_finished=self._num_streams == 0)
         for request_id, index in processed.finish:
             self.engine.abort(request_id, index)
-        return processed.outputs
+        self._latest.update((output.request_id, output) for output in processed.outputs)
 
 
 def _as_list(prompts: Any) -> list[Any]:
