@@ -1,0 +1,1 @@
+"""What the tests of Fairlead and of its platform plugins share; ships with the product."""
