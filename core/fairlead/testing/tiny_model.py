@@ -1,6 +1,7 @@
 """Small random Llama checkpoints whose outputs vary, so that a wrong position or head shows in the tokens."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def write_tiny_llama(
     def token_rows() -> torch.Tensor:
         # Rows of equal length: else the longest ones win almost every step.
         rows: torch.Tensor = functional.normalize(normal(vocab_size, hidden_size), dim=1)
-        return rows * (hidden_size**0.5 / 2)
+        return rows * (math.sqrt(hidden_size) / 2)
 
     tensors = {"model.embed_tokens.weight": token_rows()}
     for layer in range(num_layers):
