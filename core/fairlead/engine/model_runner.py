@@ -21,19 +21,19 @@ class ModelRunner:
         self.model = cast(CausalLM, model)
         self.backend = backend
         self._block_size, self._device = block_size, device
-        self._kv_caches: list[object] = []
+        self.kv_caches: list[object] = []
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Allocates the KV cache; freed with the runner."""
-        self._kv_caches = self.backend.allocate(num_blocks)
+        self.kv_caches = self.backend.allocate(num_blocks)
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Computes a step; one entry per chunk that samples, in order. Fills the cache as a side effect."""
         inputs = build_input(batch, self._block_size, self._device)
         if batch.block_copies:
-            self.backend.copy_blocks(self._kv_caches, batch.block_copies)
-        step = Step(backend=self.backend, kv_caches=self._kv_caches, plan=self.backend.plan(inputs.attention))
+            self.backend.copy_blocks(self.kv_caches, batch.block_copies)
+        step = Step(backend=self.backend, kv_caches=self.kv_caches, plan=self.backend.plan(inputs.attention))
         hidden_TE = self.model(inputs.token_ids_T, inputs.positions_T, step)
         samplers = [c for c in batch.chunks if c.sample_seed is not None]
         if not samplers:
