@@ -73,13 +73,14 @@ class SamplingParams:
             ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             _check(ok and low <= value <= high, name, value, want)
         _check(self.top_p > 0, "top_p", self.top_p, "a number in (0, 1]")
-        _check(_is_int(self.top_k) and self.top_k >= -1, "top_k", self.top_k, "an integer >= -1")
+        _check(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "an integer from -1 to 2^31 - 1")
         if self.seed is not None:
             _check(_is_int(self.seed) and -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
         _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
         for text in self.stop:
             _check(isinstance(text, str) and text != "", "stop", text, "strings that are not empty")
-        _check(all(_is_int(i) and i >= 0 for i in self.stop_token_ids), "stop_token_ids", ids, "token ids >= 0")
+        ok = all(_is_int(i) and 0 <= i < 2**31 for i in self.stop_token_ids)
+        _check(ok, "stop_token_ids", ids, "token ids from 0 to 2^31 - 1")
         if self.max_tokens is not None:
             _check(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
         if self.logprobs is not None:

@@ -1,6 +1,7 @@
 """What turns text into requests: a model's tokenizer, chat template and sampling defaults. No torch, no weights."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,6 @@ from fairlead.errors import ConfigError, RequestError
 from fairlead.request import SamplingParams
 from fairlead.tokenization.chat_template import ChatPrompt, encode_chat
 from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
-
-_GENERATION_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,17 +30,22 @@ class FrontEnd:
         tokenizer = None
         if not model.skip_tokenizer_init:
             tokenizer = load_tokenizer(model.tokenizer or checkpoint.directory, revision=model.revision)
-        use_generation_config = model.generation_config == "auto"
+        own_eos = () if tokenizer is None else tokenizer.eos_token_ids
+        use_defaults = model.generation_config == "auto"
         return cls(
             tokenizer=tokenizer,
             chat_template=None if model.chat_template is None else _read_template(model.chat_template),
-            eos_token_ids=checkpoint.eos_token_ids or (() if tokenizer is None else tokenizer.eos_token_ids),
-            default_sampling_params=_defaults(checkpoint.generation_config if use_generation_config else {}),
+            eos_token_ids=tuple(dict.fromkeys((*checkpoint.eos_token_ids, *own_eos))),
+            default_sampling_params=_sampling_defaults(checkpoint) if use_defaults else SamplingParams(),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt. Raises RequestError without a tokenizer."""
         return self._tokenizer().encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a prompt that came as token ids. Raises RequestError without a tokenizer."""
+        return self._tokenizer().decode(token_ids)
 
     def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> ChatPrompt:
         """A chat as text and token ids. Raises RequestError without a tokenizer or a fitting template."""
@@ -62,9 +66,8 @@ def _read_template(path: str) -> str:
         raise ConfigError(f"chat_template {path!r} cannot be read: {error}") from error
 
 
-def _defaults(generation_config: dict[str, Any]) -> SamplingParams:
-    found = {name: generation_config.get(name) for name in _GENERATION_FIELDS}
+def _sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
     try:
-        return replace(SamplingParams(), **{name: value for name, value in found.items() if value is not None})
+        return SamplingParams(**checkpoint.sampling_defaults())
     except RequestError as error:
         raise ConfigError(f"generation_config.json: {error}; --generation-config fairlead ignores that file") from error

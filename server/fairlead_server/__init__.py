@@ -1,0 +1,1 @@
+"""Fairlead's command line and its OpenAI-compatible HTTP server."""

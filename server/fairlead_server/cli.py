@@ -1,0 +1,157 @@
+"""The `fairlead` command. Importing this module, and printing any help, imports neither torch nor a web framework."""
+
+import json
+import os
+import sys
+import traceback
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from fairlead import __version__
+from fairlead.config import engine_settings
+from fairlead.errors import ConfigError, FairleadError
+from fairlead.plugins import PlatformRecord, discover
+from fairlead_server.cli_options import gather, server_settings, with_options
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+# What click raises on a wrong command line. Newer typers carry their own copy of click; all show this class.
+USAGE_ERROR = typer.BadParameter.__bases__[0]
+
+app = typer.Typer(
+    help="Run and serve large language models.",
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]},
+)
+
+ModelArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", show_default=False, help="Same as --model.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fairlead {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def fairlead(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run and serve large language models."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+@with_options([*engine_settings(), *server_settings()])
+def serve(model_name: ModelArgument = None, **options: Any) -> None:
+    """Serve a model over HTTP as OpenAI's API. MODEL is a directory, a Hugging Face id, or 'demo'."""
+    settings = gather(options, positional_model=model_name)
+    engine_config, server_config = settings.engine_config(), settings.server_config()
+    from fairlead_server.serve import serve as serve_http
+
+    raise typer.Exit(serve_http(engine_config, server_config))
+
+
+@app.command()
+@with_options(engine_settings())
+def run(
+    model_name: ModelArgument = None,
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", show_default=False, help="Text to go on.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 200,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Share of the probability to sample from.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Number of likeliest tokens to sample from; 0 is all.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print times and rates to stderr.")] = False,
+    **options: Any,
+) -> None:
+    """Generate in this process: from PROMPT, from what is piped in, or as a chat at the terminal."""
+    settings = gather(options, positional_model=model_name)
+    settings.engine_config()
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": settings.engine.get("seed")}
+    from fairlead_server.run import run as run_model
+
+    raise typer.Exit(run_model(settings.engine, prompt, {"max_tokens": max_tokens, **sampling}, show_stats=stats))
+
+
+@app.command()
+def platforms(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """List the platform plugins: which were found, which can be used, and why the others cannot."""
+    records = discover()
+    if as_json:
+        print(json.dumps([_platform_entry(record) for record in records], indent=2))
+    elif records:
+        _print_table([_platform_entry(record) for record in records])
+    else:
+        print("No platform is installed; install one, for example: pip install 'fairlead[cpu]'")
+
+
+def _platform_entry(record: PlatformRecord) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "status": record.status,
+        "reason": record.reason,
+        "priority": record.priority,
+        "devices": [
+            {"name": d.name, "description": d.description, "memory_bytes": d.memory_bytes} for d in record.devices
+        ],
+        "distribution": record.distribution,
+        "version": record.version,
+    }
+
+
+def _print_table(entries: list[dict[str, Any]]) -> None:
+    rows = [("NAME", "STATUS", "PRIORITY", "PLUGIN", "DEVICES, OR WHY NOT")]
+    for entry in entries:
+        devices = ", ".join(
+            f"{d['name']}: {d['description']}, {d['memory_bytes'] / 2**30:.1f} GiB" for d in entry["devices"]
+        )
+        priority = "" if entry["priority"] is None else str(entry["priority"])
+        plugin = f"{entry['distribution']} {entry['version']}"
+        rows.append((entry["name"], entry["status"], priority, plugin, devices or entry["reason"] or ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs a command line and exits: 0, 2 for a wrong command line, 1 for a failure, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = typer.main.get_command(app).main(args=arguments, prog_name="fairlead", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        status = EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_FAILED
+    except Exception as error:
+        status = _report(error, debug="--debug" in arguments)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Says in one line what went wrong; returns the exit status."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, USAGE_ERROR):
+        command = getattr(getattr(error, "ctx", None), "command_path", "fairlead")
+        message, status = f"{error.format_message()}; see `{command} --help`", EXIT_USAGE  # type: ignore[attr-defined]
+    elif isinstance(error, FairleadError):
+        message, status = str(error), EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    else:
+        hint = "" if debug else "; this is a fault of Fairlead, --debug shows where"
+        message, status = f"{type(error).__name__}: {error}{hint}", EXIT_FAILED
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

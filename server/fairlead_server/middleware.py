@@ -1,0 +1,83 @@
+"""Pure ASGI middleware: nothing here holds back a stream."""
+
+import re
+import uuid
+
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fairlead_server.errors import as_api_error
+
+MAX_BODY_BYTES = 32 * 2**20
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+class RequestIds:
+    """Echoes X-Request-Id, or makes one; `request.state.request_id` holds it. It never identifies work inside."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+        request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode("ascii")
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
+class Failures:
+    """Answers what nobody expected with a bare 500, if the answer has not begun; the log has the traceback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception as error:
+            if started or scope["type"] != "http":
+                raise
+            known = as_api_error(error)
+            await JSONResponse(known.body, status_code=known.status)(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuses a body over MAX_BODY_BYTES before anything parses it, whether or not it announces its length."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY_BYTES) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        num_bytes = int(announced) if announced.isdigit() and len(announced) < 20 else 0
+
+        async def receive_some() -> Message:
+            nonlocal num_bytes
+            if num_bytes > self._max_bytes:
+                raise too_large
+            message = await receive()
+            num_bytes += 0 if announced != b"0" else len(message.get("body", b""))
+            return message
+
+        too_large = HTTPException(413, f"The body is larger than {self._max_bytes // 2**20} MiB.")
+        await self._app(scope, receive_some, send)

@@ -1,0 +1,178 @@
+"""Bodies of the requests, as pydantic models. Types are strict ("1" is no number), and null means "not given".
+
+Fields that are not declared here are allowed; `unsupported` refuses those that would change the answer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from fairlead.errors import RequestError
+from fairlead.request import MAX_LOGPROBS, SamplingParams
+from fairlead_server.unsupported import refuse_unsupported
+
+MAX_PROMPTS = 1024
+_SAMPLING_FIELDS = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+)
+
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be valid Unicode, without lone surrogates") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+Temperature = Annotated[float | None, Field(ge=0, le=2)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(_Body):
+    """What a stream reports beside its text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(_Body):
+    """What completions and chat completions share."""
+
+    model: Text | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    temperature: Temperature = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Text | list[Text] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    cache_salt: Text | None = None
+    add_special_tokens: bool | None = None
+
+    def check(self) -> None:
+        """Raises RequestError on fields that contradict each other or that the engine cannot honour."""
+        refuse_unsupported(self.model_extra or {})
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+        best_of = (self.model_extra or {}).get("best_of")
+        if best_of is not None and best_of != (self.n or 1):
+            raise RequestError("best_of is not supported by this server unless it equals n", param="best_of")
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def usage_on_every_chunk(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def _sampling_params(
+        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """The request's own values over the defaults. Raises RequestError on one that is out of range."""
+        given: dict[str, Any] = {name: v for name in _SAMPLING_FIELDS if (v := getattr(self, name)) is not None}
+        return replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs)
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Text | list[Text] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs is not None:
+            raise RequestError("echo together with logprobs is not supported by this server", param="echo")
+
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one by one. Raises RequestError if there are none or too many."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if isinstance(prompt[0], int):
+            return [list(_ints(prompt))]
+        if len(prompt) > MAX_PROMPTS:
+            raise RequestError(f"prompt holds {len(prompt)} prompts, at most {MAX_PROMPTS} are taken", param="prompt")
+        return [p if isinstance(p, str) else list(_ints(p)) for p in prompt]
+
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """How to sample; max_tokens is None where the request gave none."""
+        return self._sampling_params(defaults, max_tokens=self.max_tokens, logprobs=self.logprobs)
+
+
+class ChatMessage(_Body):
+    """One message. Further fields reach the chat template as they are."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as the chat template sees it. Raises RequestError if it has no content and needs some."""
+        if self.content is None and not (self.role == "assistant" and (self.model_extra or {}).get("tool_calls")):
+            raise RequestError(f"a {self.role} message needs content", param="messages")
+        return {"role": self.role, **(self.model_extra or {}), "content": self.content}
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise RequestError("messages must hold at least one message", param="messages")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
+            raise RequestError(f"top_logprobs must be from 0 to {MAX_LOGPROBS}", param="top_logprobs")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+        if self.add_special_tokens:
+            raise RequestError("add_special_tokens=true is not supported for chats", param="add_special_tokens")
+        if (self.model_extra or {}).get("echo"):
+            raise RequestError("echo is not supported by this server for chats", param="echo")
+
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """How to sample; max_tokens is None, the rest of the context, where the request gave none."""
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling_params(defaults, max_tokens=max_tokens, logprobs=logprobs)
+
+
+def _ints(values: object) -> Iterator[int]:
+    assert isinstance(values, list)
+    for value in values:
+        assert isinstance(value, int)
+        yield value

@@ -1,0 +1,113 @@
+"""POST /v1/completions."""
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from fastapi import APIRouter, Request, Response
+
+from fairlead.request import CompletionOutput, RequestOutput
+from fairlead_server.protocol import CompletionBody
+from fairlead_server.responses import Json, Sent, completion_logprobs, json_response, usage
+from fairlead_server.service import Generation, Service, unless_disconnected
+from fairlead_server.streaming import EventStream
+
+DEFAULT_MAX_TOKENS = 16
+
+
+class Completion:
+    """One call: its prompts, and how its answers are spelt."""
+
+    def __init__(self, service: Service, body: CompletionBody, prompts: list[str], request_id: str) -> None:
+        self._body = body
+        self._tokenizer = service.engine.front_end.tokenizer
+        self._echoes = prompts  # empty texts unless the prompt is to be echoed
+        self._head: Json = {
+            "id": f"cmpl-{request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+
+    def whole(self, outputs: list[RequestOutput]) -> Json:
+        """The answer as one body."""
+        choices = []
+        for i, output in enumerate(outputs):
+            echo = self._echoes[i]
+            for choice in output.outputs:
+                logprobs = completion_logprobs(choice, self._tokenizer, offset=len(echo))
+                choices.append(self._choice(i, choice, echo + choice.text, logprobs))
+        return {**self._head, "choices": choices, "usage": usage(outputs)}
+
+    async def chunks(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncGenerator[object, None]:
+        """The answer piece by piece."""
+        sent: dict[tuple[int, int], Sent] = {}
+        last: dict[int, RequestOutput] = {}
+        async for i, output in outputs:
+            last[i] = output
+            for choice in output.outputs:
+                piece = self._piece(i, choice, sent.setdefault((i, choice.index), Sent()))
+                if piece is not None:
+                    yield {**self._head, "choices": [piece], **self._running_usage(last)}
+        if self._body.include_usage:
+            yield {**self._head, "choices": [], "usage": usage(last.values())}
+
+    def _piece(self, i: int, choice: CompletionOutput, sent: Sent) -> Json | None:
+        if sent.finished:
+            return None
+        echo = "" if sent.started else self._echoes[i]
+        sent.started = True
+        sent.offset += len(echo)
+        text, first_token = sent.advance(choice)
+        sent.finished = choice.finished
+        logprobs = completion_logprobs(choice, self._tokenizer, first_token=first_token, offset=sent.offset)
+        if logprobs is not None:
+            sent.offset += sum(map(len, logprobs["tokens"]))
+        if not (echo or text or choice.finished or logprobs):
+            return None
+        return self._choice(i, choice, echo + text, logprobs)
+
+    def _choice(self, i: int, choice: CompletionOutput, text: str, logprobs: Json | None) -> Json:
+        return {
+            "index": i * (self._body.n or 1) + choice.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _running_usage(self, last: dict[int, RequestOutput]) -> Json:
+        if self._body.usage_on_every_chunk:
+            return {"usage": usage(last.values())}
+        return {"usage": None} if self._body.include_usage else {}
+
+
+def router(service: Service) -> APIRouter:
+    """The route of completions."""
+    routes = APIRouter()
+
+    @routes.post("/v1/completions")
+    async def complete(body: CompletionBody, http: Request) -> Response:
+        service.check_model(body.model)
+        body.check()
+        params = body.sampling_params(service.engine.default_sampling_params)
+        requests, echoes = [], []
+        for prompt in body.prompts():
+            special = body.add_special_tokens is not False
+            ids = await service.engine.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
+            requests.append(
+                service.request(ids, params, default_max_tokens=DEFAULT_MAX_TOKENS, salt=body.cache_salt or "")
+            )
+            text = prompt if isinstance(prompt, str) else service.engine.front_end.decode(ids) if body.echo else ""
+            echoes.append(text if body.echo else "")
+        completion = Completion(service, body, echoes, http.state.request_id)
+        generation = Generation(service.engine, requests)
+        try:
+            if body.stream:
+                outputs = await generation.started(http)
+                return EventStream(completion.chunks(outputs), generation)
+            return json_response(completion.whole(await unless_disconnected(http, generation.finished())))
+        except BaseException:
+            generation.close()
+            raise
+
+    return routes

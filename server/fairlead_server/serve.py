@@ -1,0 +1,166 @@
+"""`fairlead serve`: takes the port, starts the engine, serves until a signal, and leaves nothing behind."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+
+import uvicorn
+
+from fairlead import __version__
+from fairlead.config import EngineConfig, PlatformConfig, ServerConfig
+from fairlead.engine.async_engine import AsyncEngine
+from fairlead.errors import FairleadError
+from fairlead.plugins import discover
+from fairlead.request import EngineInfo
+from fairlead_server.app import create_app
+
+DRAIN_S = 30  # how long requests in flight may take to end after a signal
+DEATH_NOTICE_S = 3.0  # how long a server without an engine still says so, before it exits
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+logger = logging.getLogger("fairlead.server")
+
+
+class PortTakenError(FairleadError):
+    """The address to listen on cannot be had."""
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serves until SIGINT or SIGTERM; returns the exit status. Raises FairleadError if it cannot start."""
+    logging.basicConfig(
+        stream=sys.stderr, level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    if server_config.log_level != "debug":
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the banner says the rest
+    listener = bind(server_config.host, server_config.port)
+    try:
+        return asyncio.run(_Service(engine_config, server_config, listener).run())
+    finally:
+        listener.close()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before anything slow begins. Raises PortTakenError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise PortTakenError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --host and --port"
+        ) from error
+    return listener
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn, with the signals left to us: it would raise them again once it has stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Service:
+    """One run: engine and HTTP server, from the first signal handler to the exit status."""
+
+    def __init__(self, engine_config: EngineConfig, server_config: ServerConfig, listener: socket.socket) -> None:
+        self._engine_config, self._server_config, self._listener = engine_config, server_config, listener
+        self._signalled = asyncio.Event()
+        self._http: _HttpServer | None = None
+
+    async def run(self) -> int:
+        """Returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        engine = await self._start_engine()
+        if engine is None:
+            return EXIT_INTERRUPTED
+        try:
+            return await self._serve(engine)
+        finally:
+            await engine.shutdown()
+
+    def _on_signal(self) -> None:
+        """The first signal drains; a second one does not wait."""
+        if self._http is not None:
+            self._http.force_exit = self._http.should_exit
+            self._http.should_exit = True
+        self._signalled.set()
+
+    async def _start_engine(self) -> AsyncEngine | None:
+        """None if a signal came first; no process is left then."""
+        start = asyncio.ensure_future(AsyncEngine.start(self._engine_config))
+        signalled = asyncio.ensure_future(self._signalled.wait())
+        await asyncio.wait([start, signalled], return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        if start.done() and not self._signalled.is_set():
+            return start.result()
+        start.cancel()
+        await asyncio.gather(start, return_exceptions=True)
+        return None
+
+    async def _serve(self, engine: AsyncEngine) -> int:
+        config = uvicorn.Config(
+            create_app(engine),
+            log_config=None,
+            access_log=self._server_config.log_level in ("debug", "info"),
+            timeout_graceful_shutdown=DRAIN_S,
+            server_header=False,
+        )
+        self._http = http = _HttpServer(config)
+        serving = asyncio.ensure_future(http.serve(sockets=[self._listener]))
+        mourning = asyncio.ensure_future(self._exit_after(engine, http))
+        while not http.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if http.started:
+            host, port = self._listener.getsockname()[:2]
+            print(banner(engine.info, self._engine_config.platform, host, port), file=sys.stderr, flush=True)
+        await serving
+        mourning.cancel()
+        return EXIT_FAILED if engine.dead.is_set() else EXIT_OK
+
+    async def _exit_after(self, engine: AsyncEngine, http: _HttpServer) -> None:
+        await engine.dead.wait()
+        print(f"error: {engine.cause}; the server stops", file=sys.stderr, flush=True)
+        await asyncio.sleep(DEATH_NOTICE_S)
+        http.should_exit = True
+
+
+def banner(info: EngineInfo, asked: PlatformConfig, host: str, port: int) -> str:
+    """What was loaded, what fits, and how to ask for the first answer."""
+    num_tokens = info.num_blocks * info.block_size
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    lines = {
+        "model": f"{info.model}, {info.dtype}, weights {info.weights_bytes / 2**30:.2f} GiB",
+        "platform": f"{info.platform}, {info.device}; {_why(info.platform, asked)}",
+        "attention": info.attention_backend,
+        "KV cache": f"{info.num_blocks} blocks = {num_tokens} tokens = {num_tokens / info.max_model_len:.1f} concurrent"
+        f" requests × {info.max_model_len} tokens ({info.kv_cache_bytes / 2**30:.2f} GiB)",
+        "listening": f"{url}/v1",
+        "try": f"curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "{info.model}", "prompt": "Once", "max_tokens": 32}}'""",
+    }
+    if not _is_loopback(host):
+        lines["warning"] = f"anyone who reaches {host} can use this server: it asks for no key"
+    return "\n".join([f"Fairlead {__version__}", *(f"  {name:<10} {text}" for name, text in lines.items())])
+
+
+def _why(platform: str, asked: PlatformConfig) -> str:
+    if asked.platform is not None:
+        return "asked for"
+    others = [record.name for record in discover() if record.status == "available" and record.name != platform]
+    return f"highest priority, before {', '.join(others)}" if others else "the only one available"
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.split("%")[0]).is_loopback

@@ -1,0 +1,130 @@
+"""What every route stands on: the engine, the name it serves, and a group of requests that lives and ends as one."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+
+from fairlead.engine.async_engine import AsyncEngine, RequestStream
+from fairlead.errors import ContextLengthError
+from fairlead.request import Request, RequestOutput, SamplingParams
+from fairlead_server.errors import ApiError, ClientDisconnectedError, model_not_found
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """The engine and the name that it serves."""
+
+    engine: AsyncEngine
+    model_name: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> None:
+        """Raises the 404 of a model that is not served; none given means the one there is."""
+        if name is not None and name != self.model_name:
+            raise model_not_found(name)
+
+    def request(
+        self, prompt: list[int], params: SamplingParams, *, default_max_tokens: int | None, salt: str
+    ) -> Request:
+        """Makes the engine's request. `default_max_tokens` holds where params.max_tokens is None, as far as it fits.
+
+        Raises RequestError if the model can never run it: prompt and asked max_tokens must fit the context together.
+        """
+        limit = self.engine.info.max_model_len
+        request = self.engine.request(prompt, params, cache_salt=salt)
+        room = limit - len(prompt)
+        if params.max_tokens is None:
+            max_tokens = room if default_max_tokens is None else min(default_max_tokens, room)
+            return replace(request, params=replace(params, max_tokens=max_tokens))
+        if params.max_tokens > room:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{len(prompt) + params.max_tokens} tokens ({len(prompt)} in the prompt, {params.max_tokens} in the "
+                "completion). Please reduce the prompt or the completion.",
+                param="max_tokens",
+            )
+        return request
+
+
+class Generation:
+    """The engine's requests behind one HTTP request, one per prompt. Close it to abort what has not finished."""
+
+    def __init__(self, engine: AsyncEngine, requests: list[Request]) -> None:
+        self._streams: list[RequestStream] = []
+        try:
+            for request in requests:
+                self._streams.append(engine.submit(request))
+        except BaseException:
+            self.close()
+            raise
+
+    async def started(self, http: HttpRequest) -> "AsyncIterator[tuple[int, RequestOutput]]":
+        """`outputs`, once there is a first one: an error before it still becomes a status of its own."""
+        outputs = self.outputs()
+
+        async def first() -> tuple[int, RequestOutput]:
+            return await anext(outputs)
+
+        async def all_of_them(head: tuple[int, RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:
+            yield head
+            async for item in outputs:
+                yield item
+
+        return all_of_them(await unless_disconnected(http, first()))
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Cumulative outputs with the index of their prompt. Raises ApiError if a sequence fails."""
+        tasks = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(self._streams)}
+        try:
+            while tasks:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in tasks if task.done()]:
+                    i = tasks.pop(task)
+                    output = task.result()
+                    if output.error is not None:
+                        raise ApiError(500, f"The engine failed on this request: {output.error}", type="server_error")
+                    if not output.finished:
+                        tasks[asyncio.ensure_future(anext(self._streams[i]))] = i
+                    yield i, output
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def finished(self) -> list[RequestOutput]:
+        """The final output of every prompt."""
+        final: dict[int, RequestOutput] = {}
+        async for i, output in self.outputs():
+            final[i] = output
+        return [final[i] for i in range(len(self._streams))]
+
+    def close(self) -> None:
+        """Aborts what has not finished."""
+        for stream in self._streams:
+            stream.close()
+
+
+async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits the work, but cancels it and raises ClientDisconnectedError when the client leaves first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(http))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnectedError
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def disconnected(http: HttpRequest) -> None:
+    """Returns when the client has left. The body must have been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,58 @@
+"""Server-sent events: one `data:` line per chunk, `[DONE]` at the end, and an abort when the client leaves."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from fairlead_server.errors import as_api_error
+from fairlead_server.responses import encode_json
+from fairlead_server.service import Generation, disconnected
+
+HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+DONE = b"data: [DONE]\n\n"
+
+
+def event(chunk: object) -> bytes:
+    """One chunk on the wire."""
+    return b"data: " + encode_json(chunk) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends chunks until they end or the client leaves; then closes the generation.
+
+    An error in the middle becomes one event with the usual envelope, and the stream ends without [DONE].
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: AsyncGenerator[object, None], generation: Generation) -> None:
+        super().__init__(headers=HEADERS)
+        del self.headers["content-length"]
+        self._chunks, self._generation = chunks, generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.ensure_future(self._send(send))
+        gone = asyncio.ensure_future(disconnected(Request(scope, receive)))
+        try:
+            await asyncio.wait([sending, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            sending.cancel()
+            self._generation.close()
+            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the client left while we sent
+                await sending
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async with contextlib.aclosing(self._chunks) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": event(chunk), "more_body": True})
+            last = DONE
+        except Exception as error:
+            last = event(as_api_error(error).body)
+        await send({"type": "http.response.body", "body": last})
