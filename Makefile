@@ -28,7 +28,7 @@ help:
 
 demo: $(INSTALLED)
 	@$(BIN)/python -c "import torch; print('PyTorch', torch.__version__, '(CPU build)' if not (torch.version.cuda or torch.version.hip or torch.version.xpu) else '(accelerator build; a CPU build is gigabytes smaller, see README.md)')"
-	@$(BIN)/fairlead run $(MODEL) "$(PROMPT)" $(ARGS)
+	$(BIN)/fairlead run $(MODEL) "$(PROMPT)" $(ARGS)
 
 serve: $(INSTALLED)
 	$(BIN)/fairlead serve $(MODEL) $(ARGS)
