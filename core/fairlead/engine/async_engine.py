@@ -232,7 +232,7 @@ class AsyncEngine:
                 raise ProtocolError("the engine's process said Ready twice")
 
     async def _watch(self) -> None:
-        status = await self._connection.exited
+        status = await asyncio.shield(self._connection.exited)  # close() still needs it when this task is cancelled
         await asyncio.sleep(_LAST_WORDS_S)  # it may have said why
         self._die(_how_it_ended(status))
 

@@ -1,0 +1,211 @@
+"""A server in a thread over the fake engine, and the real one as a process."""
+
+import asyncio
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from fairlead.config import EngineConfig
+from fairlead.engine import connection
+from fairlead.engine.async_engine import AsyncEngine
+from fairlead_server.app import create_app
+
+FAKE_ENGINE = (sys.executable, "-P", str(Path(__file__).with_name("fake_engine.py")))
+
+
+@pytest.fixture(scope="session")
+def fake() -> types.ModuleType:
+    """The module of the fake engine: its limits, and the tokens that ask for trouble."""
+    spec = importlib.util.spec_from_file_location("fake_engine", FAKE_ENGINE[-1])
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["fake_engine"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., bool]:
+    return wait_until
+
+
+@pytest.fixture(scope="session")
+def alive() -> Callable[[int], bool]:
+    return is_alive
+
+
+@pytest.fixture(scope="session")
+def children() -> Callable[[int], set[int]]:
+    return descendants
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether the condition became true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(pid: int) -> set[int]:
+    """All processes below one, by /proc."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+        except FileNotFoundError:
+            continue
+    found: set[int] = set()
+    fresh = {pid}
+    while fresh:
+        fresh = {child for child, parent in parents.items() if parent in fresh} - found
+        found |= fresh
+    return found
+
+
+class ServerInThread:
+    """The application over the fake engine, on a real port of this process."""
+
+    def __init__(self, **settings: object) -> None:
+        self._settings = settings
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._thread.start()
+        assert self._started.wait(30), "the server over the fake engine did not start"
+
+    async def _run(self) -> None:
+        self.engine = await AsyncEngine.start(EngineConfig.of(model="demo", **self._settings))
+        self._http = uvicorn.Server(uvicorn.Config(create_app(self.engine), log_config=None, lifespan="off"))
+        self._started.set()
+        await self._http.serve(sockets=[self._listener])
+        await self.engine.shutdown()
+
+    def close(self) -> None:
+        self._http.should_exit = True
+        self._thread.join(30)
+        self._listener.close()
+        assert not self._thread.is_alive()
+
+
+@contextmanager
+def server_in_thread(**settings: object) -> Iterator[ServerInThread]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connection, "COMMAND", FAKE_ENGINE)
+        server = ServerInThread(**settings)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def fake_server() -> Iterator[ServerInThread]:
+    """A server over the fake engine that all tests share."""
+    with server_in_thread() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(fake_server: ServerInThread) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fake_server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def doomed_server() -> Iterator[ServerInThread]:
+    """A server over a fake engine of its own, which the test may kill."""
+    with server_in_thread() as server:
+        yield server
+
+
+@pytest.fixture
+def fake_engine_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AsyncEngine.start spawns the fake engine in this test."""
+    monkeypatch.setattr(connection, "COMMAND", FAKE_ENGINE)
+
+
+class ServerProcess:
+    """`fairlead serve` as a process of its own; its stderr is read to the end by a thread."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "fairlead_server", *arguments],
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self._lines.extend(iter(self.process.stderr.readline, ""))
+
+    @property
+    def stderr(self) -> str:
+        return "".join(self._lines)
+
+    def wait_for_url(self, seconds: float = 120) -> str:
+        def found() -> bool:
+            return "listening" in self.stderr or self.process.poll() is not None
+
+        assert wait_until(found, seconds), self.stderr
+        match = re.search(r"listening +(http://\S+)/v1", self.stderr)
+        assert match, self.stderr
+        return match[1]
+
+    def engine_pids(self) -> set[int]:
+        return descendants(self.process.pid)
+
+    def wait(self, seconds: float) -> int:
+        status = self.process.wait(seconds)
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.wait(30)
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts `fairlead serve` with the given arguments; ends what is left of it after the test."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str) -> ServerProcess:
+        started.append(ServerProcess(*arguments))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()

@@ -1,0 +1,140 @@
+"""An engine process without a model: it repeats its prompt. Run as a script in place of fairlead.engine.process.
+
+The first token of a prompt can ask for trouble, and so can the setting `revision` at load (see FAULTS and `load`).
+"""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+from fairlead import errors
+from fairlead.config import EngineConfig
+from fairlead.engine.process import main
+from fairlead.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    SequenceDelta,
+    TokenLogprobs,
+)
+
+STEP_S = 0.005
+VOCAB_SIZE, MAX_MODEL_LEN, BLOCK_SIZE, NUM_BLOCKS = 1024, 256, 16, 64
+RAISE, HANG, REJECT, NAN, DIE = range(1000, 1005)
+
+
+@dataclass
+class Running:
+    """One sequence in flight."""
+
+    request: Request
+    index: int
+    num_output: int = 0
+
+
+class FakeEngine:
+    """Each step gives every sequence its prompt's next token, over and over."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.info = EngineInfo(
+            model=config.model.served_model_name or config.model.model,
+            platform="fake",
+            device="fake:0",
+            attention_backend="none",
+            dtype="float32",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            block_size=BLOCK_SIZE,
+            num_blocks=NUM_BLOCKS,
+            weights_bytes=0,
+            kv_cache_bytes=0,
+        )
+        self._running: list[Running] = []
+        self._num_prompt_tokens = self._num_generation_tokens = self._num_steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def add_request(self, request: Request) -> None:
+        if request.prompt_token_ids[0] == REJECT:
+            raise errors.RequestError("the fake engine takes no such prompt", param="prompt")
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+        self._running += [Running(request, index) for index in range(request.params.n)]
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        self._running = [r for r in self._running if r.request.request_id != request_id or index not in (None, r.index)]
+
+    def step(self) -> list[SequenceDelta]:
+        time.sleep(STEP_S)
+        self._num_steps += 1
+        deltas = [self._advance(running) for running in self._running]
+        ended = {(d.request_id, d.index) for d in deltas if d.finish_reason is not None}
+        self._running = [r for r in self._running if (r.request.request_id, r.index) not in ended]
+        return deltas
+
+    def _advance(self, running: Running) -> SequenceDelta:
+        prompt, params = running.request.prompt_token_ids, running.request.params
+        fault = prompt[0] if running.num_output >= 1 else None  # trouble comes after the first token
+        if fault == RAISE:
+            raise RuntimeError("the fake engine was told to fail")
+        if fault == HANG:
+            time.sleep(3600)
+        if fault == DIE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        token_id = prompt[running.num_output % len(prompt)]
+        running.num_output += 1
+        self._num_generation_tokens += 1
+        reason = FinishReason.LENGTH if running.num_output == params.max_tokens else None
+        if token_id in params.stop_token_ids:
+            reason = FinishReason.STOP
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if params.logprobs is not None:
+            best = tuple(range(500, 500 + params.logprobs))
+            values = tuple(-float(i) for i in range(len(best)))
+            logprobs = (TokenLogprobs(token_ids=(token_id, *best), logprobs=(-9.5, *values), rank=30),)
+        return SequenceDelta(
+            request_id=running.request.request_id,
+            index=running.index,
+            token_ids=(token_id,),
+            logprobs=logprobs,
+            finish_reason=FinishReason.ERROR if fault == NAN else reason,
+            stop_reason=token_id if reason is FinishReason.STOP else None,
+            error="the logits of the fake engine are NaN" if fault == NAN else None,
+        )
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_requests_running=len({r.request.request_id for r in self._running}),
+            kv_cache_usage=min(len(self._running) / NUM_BLOCKS, 1.0),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_generation_tokens=self._num_generation_tokens,
+            num_steps=self._num_steps,
+        )
+
+    def close(self) -> None:
+        self._running = []
+
+
+def load(config: EngineConfig) -> FakeEngine:
+    """`revision` may name an exception to raise, or "sleep" or "die"."""
+    match config.model.revision:
+        case None:
+            return FakeEngine(config)
+        case "sleep":
+            time.sleep(3600)
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "PluginContractError":
+            raise errors.PluginContractError(plugin="acme", hook="create", expected="a Platform", got="None")
+        case name:
+            raise getattr(errors, name, RuntimeError)("the fake engine cannot load")
+    raise AssertionError("unreachable")
+
+
+if __name__ == "__main__":
+    sys.exit(main(load))

@@ -1,0 +1,90 @@
+"""Only our own messages cross the sockets, and they arrive as they were."""
+
+import pickle
+
+import pytest
+
+from fairlead.config import EngineConfig
+from fairlead.engine import messages
+from fairlead.request import (
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    Request,
+    SamplingParams,
+    SequenceDelta,
+    TokenLogprobs,
+)
+
+DELTA = SequenceDelta(
+    request_id="a",
+    index=1,
+    token_ids=(5, 6),
+    logprobs=(TokenLogprobs(token_ids=(5, 7), logprobs=(-1.5, float("-inf")), rank=1),),
+    finish_reason=FinishReason.STOP,
+    stop_reason="end",
+)
+INFO = EngineInfo(
+    model="m",
+    platform="p",
+    device="d",
+    attention_backend="a",
+    dtype="float32",
+    vocab_size=1,
+    max_model_len=2,
+    max_num_seqs=3,
+    block_size=4,
+    num_blocks=5,
+    weights_bytes=2**40,
+    kv_cache_bytes=0,
+)
+PARAMS = SamplingParams(n=2, stop=("x",), stop_token_ids=(1,), seed=-(2**63), logprobs=3)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        messages.Add(Request(request_id="a", prompt_token_ids=(1, 2), params=PARAMS, cache_salt="s")),
+        messages.Abort("a"),
+        messages.Abort("a", 3),
+        messages.Stop(),
+    ],
+)
+def test_messages_to_the_engine_arrive_as_they_were(message: messages.ToEngine) -> None:
+    assert messages.decode_to_engine(messages.encode(message)) == message
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        messages.Ready(INFO),
+        messages.Step([DELTA], EngineStats(num_steps=3, kv_cache_usage=0.5)),
+        messages.Heartbeat(EngineStats()),
+        messages.Rejected("a", "RequestError", "no", "prompt"),
+        messages.Failed("RuntimeError", "no", "Traceback"),
+    ],
+)
+def test_messages_from_the_engine_arrive_as_they_were(message: messages.FromEngine) -> None:
+    assert messages.decode_from_engine(messages.encode(message)) == message
+
+
+def test_the_startup_message_carries_every_setting() -> None:
+    config = EngineConfig.of(model="demo", block_size=16, op_providers=["a=b"], enable_prefix_caching=False)
+    startup = messages.Startup(config, "/requests", "/events")
+    assert messages.decode_startup(messages.encode(startup)) == startup
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        pickle.dumps({"type": "Stop"}),
+        messages.encode(messages.Heartbeat(EngineStats())),
+        b"\x81\xa4type\xa5Abort",
+    ],
+    ids=["nothing", "garbage", "pickle", "other direction", "field missing"],
+)
+def test_other_bytes_are_refused(data: bytes) -> None:
+    with pytest.raises(messages.ProtocolError):
+        messages.decode_to_engine(data)
