@@ -17,7 +17,7 @@ import torch
 from fairlead.config import EngineConfig
 from fairlead.engine.batch_builder import build_input
 from fairlead.engine.builder import build
-from fairlead.layers.context import Step
+from fairlead.layers.context import Step, StepGroup
 from fairlead.request import Request, SamplingParams
 from fairlead.sampling.sampler import SamplingBatch, sample
 from fairlead.scheduling.block_manager import BlockManager
@@ -46,11 +46,12 @@ def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperatu
     """Median seconds of each part of a decode step."""
     built = build(EngineConfig.of(model=model, max_num_seqs=num_seqs))
     runner, settings = built.runner, built.settings
-    blocks = BlockManager(built.info.num_blocks, settings.block_size, enable_prefix_caching=True)
+    chunk = max(settings.max_num_batched_tokens, num_seqs)
+    blocks = BlockManager(built.cache_groups, settings.block_size, max_chunk=chunk, enable_prefix_caching=True)
     scheduler = Scheduler(
         blocks,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=max(settings.max_num_batched_tokens, num_seqs),
+        max_num_batched_tokens=chunk,
         max_model_len=settings.max_model_len,
     )
     params = SamplingParams(temperature=temperature, max_tokens=None, ignore_eos=True)
@@ -68,9 +69,10 @@ def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperatu
         marks.append(time.perf_counter())
         inputs = build_input(batch, settings.block_size, device)
         marks.append(time.perf_counter())
-        plan = runner.backend.plan(inputs.attention)
+        plans = [backend.plan(m) for backend, m in zip(runner.backends, inputs.attention, strict=True)]
         marks.append(time.perf_counter())
-        step = Step(backend=runner.backend, kv_caches=runner.kv_caches, plan=plan)
+        parts = zip(runner.backends, runner.kv_caches, plans, strict=True)
+        step = Step(groups=tuple(StepGroup(backend=b, kv_caches=c, plan=p) for b, c, p in parts))
         hidden_TE = runner.model(inputs.token_ids_T, inputs.positions_T, step)
         logits_RV = runner.model.logits(hidden_TE[inputs.sample_rows_R])
         marks.append(time.perf_counter())
@@ -80,8 +82,8 @@ def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperatu
         marks.append(time.perf_counter())
         scheduler.update(batch, sampled)
         marks.append(time.perf_counter())
-        parts = ("schedule", "build input", "plan", "model", "sampling batch", "sample", "update")
-        for part, (start, end) in zip(parts, itertools.pairwise(marks), strict=True):
+        names = ("schedule", "build input", "plan", "model", "sampling batch", "sample", "update")
+        for part, (start, end) in zip(names, itertools.pairwise(marks), strict=True):
             seconds[part].append(end - start)
     return {part: statistics.median(values) for part, values in seconds.items()}
 

@@ -134,6 +134,22 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
+@dataclass(slots=True)
+class BlockTable:
+    """The KV blocks of a sequence in one cache group: `blocks[i]` is the block number `first + i` of its tokens.
+
+    `first` is above 0 once blocks have left a sliding window.
+    """
+
+    first: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The number of the block that would come next."""
+        return self.first + len(self.blocks)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """One growing list of tokens: the only thing that the scheduler mutates besides its queues.
@@ -152,7 +168,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    block_table: list[int] = field(default_factory=list)
+    block_tables: list[BlockTable] = field(default_factory=list)  # one per cache group; none while it waits
     block_hashes: list[bytes] = field(default_factory=list)
 
     @property

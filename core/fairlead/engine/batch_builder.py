@@ -20,7 +20,7 @@ class ModelInput:
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     sample_rows_R: torch.Tensor
-    attention: AttentionMetadata
+    attention: tuple[AttentionMetadata, ...]  # per cache group
 
 
 def build_input(batch: ScheduledBatch, block_size: int, device: torch.device) -> ModelInput:
@@ -32,24 +32,32 @@ def build_input(batch: ScheduledBatch, block_size: int, device: torch.device) ->
     num_tokens = int(query_lens_S.sum())
     token_ids_T = np.fromiter(chain.from_iterable(c.token_ids for c in chunks), np.int64, num_tokens)
 
-    tables = [c.block_table for c in chunks]
-    block_tables_SB = np.zeros((num_seqs, max(map(len, tables))), np.int32)
-    for row, table in zip(block_tables_SB, tables, strict=True):
-        row[: len(table)] = table
-
     ends_S = np.cumsum(query_lens_S)
     sequence_T = np.repeat(np.arange(num_seqs), query_lens_S)
     positions_T = np.arange(num_tokens) - np.repeat(ends_S - query_lens_S, query_lens_S) + starts_S[sequence_T]
-    slot_mapping_T = block_tables_SB[sequence_T, positions_T // block_size] * block_size + positions_T % block_size
+
+    def metadata(group: int) -> AttentionMetadata:
+        block_tables_SB = _block_tables([c.block_tables[group] for c in chunks])
+        blocks_T = block_tables_SB[sequence_T, positions_T // block_size]
+        return AttentionMetadata(
+            query_lens_S=query_lens_S,
+            seq_lens_S=starts_S + query_lens_S,
+            block_tables_SB=block_tables_SB,
+            slot_mapping_T=(blocks_T * block_size + positions_T % block_size).astype(np.int32),
+        )
+
     samples_S = np.fromiter((c.sample_seed is not None for c in chunks), np.bool_, num_seqs)
     return ModelInput(
         token_ids_T=torch.from_numpy(token_ids_T).to(device),
         positions_T=torch.from_numpy(positions_T).to(device),
         sample_rows_R=torch.from_numpy((ends_S - 1)[samples_S]).to(device),
-        attention=AttentionMetadata(
-            query_lens_S=query_lens_S,
-            seq_lens_S=starts_S + query_lens_S,
-            block_tables_SB=block_tables_SB,
-            slot_mapping_T=slot_mapping_T.astype(np.int32),
-        ),
+        attention=tuple(metadata(group) for group in range(len(chunks[0].block_tables))),
     )
+
+
+def _block_tables(tables: list[tuple[int, tuple[int, ...]]]) -> np.ndarray:
+    """(S, B) int32; 0 where a sequence has no block."""
+    block_tables_SB = np.zeros((len(tables), max(first + len(blocks) for first, blocks in tables)), np.int32)
+    for row, (first, blocks) in zip(block_tables_SB, tables, strict=True):
+        row[first : first + len(blocks)] = blocks
+    return block_tables_SB

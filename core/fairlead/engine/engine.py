@@ -21,8 +21,9 @@ class EngineCore:
         settings = built.settings
         self.scheduler = Scheduler(
             BlockManager(
-                built.info.num_blocks,
+                built.cache_groups,
                 settings.block_size,
+                max_chunk=settings.max_num_batched_tokens,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
             ),
             max_num_seqs=settings.max_num_seqs,

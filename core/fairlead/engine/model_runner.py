@@ -1,39 +1,44 @@
-"""Runs one step on one platform: the only place where model, cache, attention backend and sampler meet."""
+"""Runs one step on one platform: the only place where model, cache, attention backends and sampler meet."""
 
+from collections.abc import Sequence as Seq
 from typing import cast
 
 import torch
 
 from fairlead.engine.batch_builder import build_input
-from fairlead.interface import AttentionBackend
-from fairlead.layers.context import Step
+from fairlead.interface import AttentionBackend, KVCache
+from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
 from fairlead.sampling.sampler import SamplingBatch, sample
 from fairlead.scheduling.batch import SampledToken, ScheduledBatch
 
 
 class ModelRunner:
-    """Shared by all platforms, and made of the parts that they supply; a plugin never subclasses it."""
+    """Shared by all platforms, and made of the parts that they supply; a plugin never subclasses it.
+
+    `backends` has one attention backend per cache group.
+    """
 
     def __init__(
-        self, model: torch.nn.Module, backend: AttentionBackend, *, block_size: int, device: torch.device
+        self, model: torch.nn.Module, backends: Seq[AttentionBackend], *, block_size: int, device: torch.device
     ) -> None:
         self.model = cast(CausalLM, model)
-        self.backend = backend
+        self.backends = tuple(backends)
+        self.kv_caches: list[list[KVCache]] = []
         self._block_size, self._device = block_size, device
-        self.kv_caches: list[object] = []
 
-    def allocate_cache(self, num_blocks: int) -> None:
-        """Allocates the KV cache; freed with the runner."""
-        self.kv_caches = self.backend.allocate(num_blocks)
+    def allocate_cache(self, num_blocks: Seq[int]) -> None:
+        """Allocates the KV cache, so many blocks per group; freed with the runner."""
+        self.kv_caches = [b.allocate(n) for b, n in zip(self.backends, num_blocks, strict=True)]
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
         """Computes a step; one entry per chunk that samples, in order. Fills the cache as a side effect."""
         inputs = build_input(batch, self._block_size, self._device)
-        if batch.block_copies:
-            self.backend.copy_blocks(self.kv_caches, batch.block_copies)
-        step = Step(backend=self.backend, kv_caches=self.kv_caches, plan=self.backend.plan(inputs.attention))
+        for group, source, destination in batch.block_copies:
+            self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
+        parts = zip(self.backends, self.kv_caches, inputs.attention, strict=True)
+        step = Step(groups=tuple(StepGroup(backend=b, kv_caches=c, plan=b.plan(m)) for b, c, m in parts))
         hidden_TE = self.model(inputs.token_ids_T, inputs.positions_T, step)
         samplers = [c for c in batch.chunks if c.sample_seed is not None]
         if not samplers:

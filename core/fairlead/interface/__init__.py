@@ -6,7 +6,7 @@ checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` retu
 
 import pluggy
 
-from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, KVCache
+from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo
 from fairlead.interface.platform import Platform
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
@@ -18,6 +18,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionShape",
+    "AttentionSpec",
     "Capabilities",
     "Defaults",
     "Device",

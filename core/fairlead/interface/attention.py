@@ -13,15 +13,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionShape:
-    """What the core asks a backend for, once per engine. `block_size` is in tokens."""
+class AttentionSpec:
+    """The kind of attention of one layer.
 
-    num_layers: int
+    `scale` multiplies the scores. A query sees itself and the `sliding_window - 1` tokens before it, or all of them.
+    `soft_cap` c turns a score s into c * tanh(s / c). `alibi_slopes` (one per query head) add slope * (key position -
+    query position) to the scores. With `value_size` the values are the first so many entries of the keys, and nothing
+    else is stored (multi-head latent attention): K is 1, and `forward` gets None for v.
+    Sources: Beltagy et al., "Longformer" (2020), section 3.1; Gemma 2 (2024), section 2; Press et al., "Train Short,
+    Test Long" (2021), section 3; DeepSeek-V2 (2024), section 2.1.
+    """
+
     num_heads: int
     num_kv_heads: int
     head_size: int
-    block_size: int
     scale: float
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    value_size: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.num_heads % self.num_kv_heads == 0
+        assert self.sliding_window is None or self.sliding_window > 0
+        assert self.alibi_slopes is None or len(self.alibi_slopes) == self.num_heads
+        assert self.value_size is None or (self.num_kv_heads == 1 and self.value_size <= self.head_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """What the core asks a backend for: a group of layers of one kind. `block_size` is in tokens."""
+
+    spec: AttentionSpec
+    num_layers: int
+    block_size: int
     dtype: str
 
 
@@ -30,7 +55,8 @@ class AttentionMetadata:
     """One step, as integers on the host (int32 NumPy arrays; the backend copies what its device needs).
 
     Sequence i has `query_lens_S[i]` new tokens, packed in order of i, at the end of a context of `seq_lens_S[i]`
-    tokens (new ones included). Row i of `block_tables_SB` names its blocks; entries past its length are 0.
+    tokens (new ones included). Row i of `block_tables_SB` names its blocks; entries past its length, and those of
+    blocks that have left the sliding window, are 0 and must not be read.
     Token t is stored in slot `slot_mapping_T[t]` = block id * block size + offset.
     """
 
@@ -45,12 +71,16 @@ KVCache = object
 
 
 class AttentionBackend(Protocol):
-    """Paged attention of one engine on one platform. The backend owns the KV layout; the core sees block ids."""
+    """Paged attention of one group of layers. The backend owns the KV layout; the core sees block ids.
+
+    A model whose layers differ (full and sliding-window attention, say) has a backend per kind, each with its own
+    blocks, block tables and plan.
+    """
 
     name: str
 
     def block_bytes(self) -> int:
-        """Bytes that one block takes over all layers."""
+        """Bytes that one block takes over all layers of the group."""
         ...
 
     def allocate(self, num_blocks: int) -> list[KVCache]:
@@ -65,11 +95,12 @@ class AttentionBackend(Protocol):
         self,
         q_THD: "torch.Tensor",
         k_TKD: "torch.Tensor",
-        v_TKD: "torch.Tensor",
+        v_TKD: "torch.Tensor | None",
         kv_cache: KVCache,
         plan: object,
     ) -> "torch.Tensor":
-        """Writes k and v of all T tokens to the cache, then attends causally; returns a new (T, H, D) tensor.
+        """Writes k and v of all T tokens to the cache, then attends causally; returns a new (T, H, D) tensor
+        (with `value_size` V: (T, H, V)).
 
         All writes of a step come before its reads: a sequence may attend to a block that another one fills in the
         same step. Inputs are not changed. Tolerance against the reference: see `fairlead.ops.table`.

@@ -2,15 +2,22 @@
 
 import torch
 
+from fairlead.interface import AttentionSpec
 from fairlead.layers.context import Step
 
 
 class Attention(torch.nn.Module):
-    """Causal attention over layer `layer`'s paged cache. (T, H, D), (T, K, D), (T, K, D) give (T, H, D)."""
+    """Causal attention over this layer's paged cache. (T, H, D), (T, K, D), (T, K, D) give (T, H, D).
 
-    def __init__(self, layer: int) -> None:
+    Layers of one spec form a group with a backend and block tables of their own. The engine builder numbers the
+    groups, and the layers in each, once the model stands: `group` and `layer` are set by it.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
         super().__init__()
-        self.layer = layer
+        self.spec = spec
+        self.group = self.layer = 0
 
-    def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, step: Step) -> torch.Tensor:
-        return step.backend.forward(q_THD, k_TKD, v_TKD, step.kv_caches[self.layer], step.plan)
+    def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, step: Step) -> torch.Tensor:
+        group = step.groups[self.group]
+        return group.backend.forward(q_THD, k_TKD, v_TKD, group.kv_caches[self.layer], group.plan)

@@ -23,9 +23,16 @@ class BuildContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What the attention layers need of one step: an argument of every forward, never a global."""
+class StepGroup:
+    """One group of attention layers in one step."""
 
     backend: AttentionBackend
     kv_caches: list[KVCache]
     plan: object
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What the attention layers need of one step, by group: an argument of every forward, never a global."""
+
+    groups: tuple[StepGroup, ...]

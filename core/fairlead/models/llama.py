@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fairlead.errors import UnsupportedModelError
+from fairlead.interface import AttentionSpec
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.embedding import Embedding, OutputHead
@@ -22,7 +23,7 @@ from fairlead.models.config import ModelShape, positive_int
 class LlamaAttention(torch.nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: Mapping[str, Any], shape: ModelShape, layer: int, rotary: Rotary, ctx: BuildContext):
+    def __init__(self, config: Mapping[str, Any], shape: ModelShape, rotary: Rotary, ctx: BuildContext) -> None:
         super().__init__()
         H, K, D, E = shape.num_heads, shape.num_kv_heads, shape.head_size, shape.hidden_size
         bias = bool(config.get("attention_bias", False))
@@ -30,7 +31,7 @@ class LlamaAttention(torch.nn.Module):
         self.qkv_proj = MergedLinear(E, (("q_proj", H * D), ("k_proj", K * D), ("v_proj", K * D)), ctx, bias=bias)
         self.o_proj = Linear(H * D, E, ctx, bias=bias)
         self.rotary = rotary
-        self.attention = Attention(layer)
+        self.attention = Attention(AttentionSpec(num_heads=H, num_kv_heads=K, head_size=D, scale=D**-0.5))
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         q, k, v = self.qkv_proj(x_TE).split(self.qkv_proj.sizes, dim=-1)
@@ -61,11 +62,11 @@ class LlamaMLP(torch.nn.Module):
 class LlamaLayer(torch.nn.Module):
     """One decoder layer; the residual stream travels beside the normed one, so that add and norm can be one op."""
 
-    def __init__(self, config: Mapping[str, Any], shape: ModelShape, layer: int, rotary: Rotary, ctx: BuildContext):
+    def __init__(self, config: Mapping[str, Any], shape: ModelShape, rotary: Rotary, ctx: BuildContext) -> None:
         super().__init__()
         eps = float(config.get("rms_norm_eps", 1e-6))
         self.input_layernorm = RMSNorm(shape.hidden_size, eps, ctx)
-        self.self_attn = LlamaAttention(config, shape, layer, rotary, ctx)
+        self.self_attn = LlamaAttention(config, shape, rotary, ctx)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps, ctx)
         self.mlp = LlamaMLP(config, shape, ctx)
 
@@ -88,9 +89,7 @@ class LlamaModel(torch.nn.Module):
         super().__init__()
         rotary = Rotary(shape.head_size, rope_params(config), ctx)
         self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size, ctx)
-        self.layers = torch.nn.ModuleList(
-            LlamaLayer(config, shape, layer, rotary, ctx) for layer in range(shape.num_layers)
-        )
+        self.layers = torch.nn.ModuleList(LlamaLayer(config, shape, rotary, ctx) for _ in range(shape.num_layers))
         self.norm = RMSNorm(shape.hidden_size, float(config.get("rms_norm_eps", 1e-6)), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:

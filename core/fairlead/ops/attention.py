@@ -11,36 +11,34 @@ from fairlead.ops import reference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlotCache:
-    """One layer's keys and values by slot, each (blocks * block size, K, D)."""
+    """One layer's keys and values by slot, each (blocks * block size, K, D). `v` is `k` where keys hold the values."""
 
     k: torch.Tensor
     v: torch.Tensor
 
 
 class SlotCacheOwner:
-    """The part that backends with the plain slot layout share: sizes, allocation, block copies."""
+    """The part that backends with the plain slot layout share: sizes, allocation, writes, block copies."""
 
     def __init__(self, shape: AttentionShape, allocator: MemoryAllocator) -> None:
-        self.shape = shape
+        self.shape, self.spec = shape, shape.spec
         self._allocator = allocator
         self._dtype: torch.dtype = getattr(torch, shape.dtype)
+        self._num_tensors = 1 if shape.spec.value_size is not None else 2
 
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, keys and values."""
-        s = self.shape
-        return 2 * s.num_layers * s.block_size * s.num_kv_heads * s.head_size * self._dtype.itemsize
+        per_token = self._num_tensors * self.spec.num_kv_heads * self.spec.head_size * self._dtype.itemsize
+        return self.shape.num_layers * self.shape.block_size * per_token
 
     def allocate(self, num_blocks: int) -> list[KVCache]:
         """One SlotCache per layer."""
-        s = self.shape
-        size = (num_blocks * s.block_size, s.num_kv_heads, s.head_size)
-        return [
-            SlotCache(
-                k=self._allocator.empty(size, self._dtype, tag="kv_cache"),
-                v=self._allocator.empty(size, self._dtype, tag="kv_cache"),
-            )
-            for _ in range(s.num_layers)
-        ]
+        size = (num_blocks * self.shape.block_size, self.spec.num_kv_heads, self.spec.head_size)
+        caches: list[KVCache] = []
+        for _ in range(self.shape.num_layers):
+            tensors = [self._allocator.empty(size, self._dtype, tag="kv_cache") for _ in range(self._num_tensors)]
+            caches.append(SlotCache(k=tensors[0], v=tensors[-1]))
+        return caches
 
     def copy_blocks(self, kv_caches: Seq[KVCache], pairs: Seq[tuple[int, int]]) -> None:
         """Copies whole blocks within every layer, one pair after the other."""
@@ -48,7 +46,7 @@ class SlotCacheOwner:
         for cache in kv_caches:
             assert isinstance(cache, SlotCache)
             for source, destination in pairs:
-                for tensor in (cache.k, cache.v):
+                for tensor in (cache.k, cache.v)[: self._num_tensors]:
                     tensor[destination * size : (destination + 1) * size] = tensor[source * size : (source + 1) * size]
 
 
@@ -79,12 +77,14 @@ class ReferenceAttention(SlotCacheOwner):
         )
 
     def forward(
-        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor, kv_cache: KVCache, plan: object
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_cache: KVCache, plan: object
     ) -> torch.Tensor:
         """Writes, then attends, one sequence after the other."""
         assert isinstance(plan, _Plan)
         assert isinstance(kv_cache, SlotCache)
-        reference.kv_cache_write(k_TKD, v_TKD, kv_cache.k, kv_cache.v, plan.slot_mapping_T)
+        reference.kv_cache_write(k_TKD, kv_cache.k, plan.slot_mapping_T)
+        if v_TKD is not None:
+            reference.kv_cache_write(v_TKD, kv_cache.v, plan.slot_mapping_T)
         return reference.paged_attention(
             q_THD,
             kv_cache.k,
@@ -93,5 +93,5 @@ class ReferenceAttention(SlotCacheOwner):
             plan.seq_lens_S,
             plan.block_tables_SB,
             self.shape.block_size,
-            self.shape.scale,
+            self.spec,
         )

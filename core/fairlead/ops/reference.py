@@ -8,6 +8,8 @@ Inputs are not changed and results are new tensors, unless a docstring says othe
 import torch
 from torch.nn import functional
 
+from fairlead.interface import AttentionSpec
+
 
 def embedding(token_ids_T: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
     """Rows of the embedding matrix, (T, E). `token_ids_T` is int64 and within the vocabulary."""
@@ -71,16 +73,9 @@ def gelu_and_mul(x_N2F: torch.Tensor) -> torch.Tensor:
     return functional.gelu(gate, approximate="tanh") * up
 
 
-def kv_cache_write(
-    k_TKD: torch.Tensor,
-    v_TKD: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping_T: torch.Tensor,
-) -> None:
-    """Stores row t in slot `slot_mapping_T[t]` (int64) of both caches of shape (slots, K, D), in place."""
-    k_cache[slot_mapping_T] = k_TKD.to(k_cache.dtype)
-    v_cache[slot_mapping_T] = v_TKD.to(v_cache.dtype)
+def kv_cache_write(x_TKD: torch.Tensor, cache: torch.Tensor, slot_mapping_T: torch.Tensor) -> None:
+    """Stores row t in slot `slot_mapping_T[t]` (int64) of a cache of shape (slots, K, D), in place."""
+    cache[slot_mapping_T] = x_TKD.to(cache.dtype)
 
 
 def paged_attention(
@@ -91,26 +86,36 @@ def paged_attention(
     seq_lens_S: list[int],
     block_tables_SB: torch.Tensor,
     block_size: int,
-    scale: float,
+    spec: AttentionSpec,
 ) -> torch.Tensor:
-    """Causal attention of each sequence's new queries over its paged context: (T, H, D) in q's dtype.
+    """Causal attention of each sequence's new queries over its paged context: (T, H, D of the values) in q's dtype.
 
     The queries of sequence i are the last `query_lens_S[i]` positions of its `seq_lens_S[i]` tokens. Caches have
-    shape (slots, K, D). One sequence after the other, in float32: the oracle, not the fast way.
-    Source: Kwon et al., "PagedAttention" (SOSP 2023), equation 4.
+    shape (slots, K, D); they may be the same. One sequence after the other, in float32: the oracle, not the fast way.
+    Source: Kwon et al., "PagedAttention" (SOSP 2023), equation 4; for the variants see AttentionSpec.
     """
-    out_THD = torch.empty_like(q_THD)
-    offsets = torch.arange(block_size, device=q_THD.device)
-    group = q_THD.shape[1] // k_cache.shape[1]
+    value_size = spec.value_size or spec.head_size
+    out_THD = q_THD.new_empty((q_THD.shape[0], q_THD.shape[1], value_size))
+    group = spec.num_heads // spec.num_kv_heads
     start = 0
     for i, (num_queries, num_tokens) in enumerate(zip(query_lens_S, seq_lens_S, strict=True)):
-        slots = (block_tables_SB[i, :, None].long() * block_size + offsets).flatten()[:num_tokens]
-        k_LHD = k_cache[slots].float().repeat_interleave(group, dim=1)
-        v_LHD = v_cache[slots].float().repeat_interleave(group, dim=1)
+        first = num_tokens - num_queries
+        low = 0 if spec.sliding_window is None else max(0, first - spec.sliding_window + 1)
+        key_L = torch.arange(low, num_tokens, device=q_THD.device)
+        query_Q1 = torch.arange(first, num_tokens, device=q_THD.device)[:, None]
+        slots_L = block_tables_SB[i].long()[key_L // block_size] * block_size + key_L % block_size
+        k_LHD = k_cache[slots_L].float().repeat_interleave(group, dim=1)
+        v_LHD = v_cache[slots_L, :, :value_size].float().repeat_interleave(group, dim=1)
         q_QHD = q_THD[start : start + num_queries].float()
-        scores_HQL = torch.einsum("qhd,lhd->hql", q_QHD, k_LHD) * scale
-        positions_Q = torch.arange(num_tokens - num_queries, num_tokens, device=q_THD.device)
-        hidden_QL = torch.arange(num_tokens, device=q_THD.device) > positions_Q[:, None]
+        scores_HQL = torch.einsum("qhd,lhd->hql", q_QHD, k_LHD) * spec.scale
+        if spec.soft_cap is not None:
+            scores_HQL = spec.soft_cap * torch.tanh(scores_HQL / spec.soft_cap)
+        if spec.alibi_slopes is not None:
+            slopes_H11 = torch.tensor(spec.alibi_slopes, device=q_THD.device)[:, None, None]
+            scores_HQL = scores_HQL + slopes_H11 * (key_L - query_Q1)
+        hidden_QL = key_L > query_Q1
+        if spec.sliding_window is not None:
+            hidden_QL |= key_L <= query_Q1 - spec.sliding_window
         probs_HQL = scores_HQL.masked_fill(hidden_QL, -torch.inf).softmax(-1)
         out_THD[start : start + num_queries] = torch.einsum("hql,lhd->qhd", probs_HQL, v_LHD).to(q_THD.dtype)
         start += num_queries

@@ -9,14 +9,15 @@ from fairlead.request import SamplingParams, TokenLogprobs
 class ScheduledChunk:
     """The next tokens of one sequence.
 
-    `start` tokens are in the cache already. `sample_seed` is None where the chunk ends before the last known token,
+    `start` tokens are in the cache already. `block_tables` has, per cache group, the number of the first block held and
+    the blocks from there on. `sample_seed` is None where the chunk ends before the last known token,
     so that nothing is sampled; else it makes the draw reproducible. `position` is the index of the token to sample.
     """
 
     seq_id: int
     token_ids: tuple[int, ...]
     start: int
-    block_table: tuple[int, ...]
+    block_tables: tuple[tuple[int, tuple[int, ...]], ...]
     params: SamplingParams
     sample_seed: int | None
     position: int
@@ -24,10 +25,10 @@ class ScheduledChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledBatch:
-    """One step. `block_copies` (source, destination) happen before any of its writes, in order."""
+    """One step. `block_copies` (group, source, destination) happen before any of its writes, in order."""
 
     chunks: tuple[ScheduledChunk, ...]
-    block_copies: tuple[tuple[int, int], ...]
+    block_copies: tuple[tuple[int, int, int], ...]
 
     @property
     def num_tokens(self) -> int:

@@ -1,160 +1,204 @@
-"""Owns the KV blocks: who holds which, how many hold it, which are free.
+"""Gives sequences their KV blocks: tables, prefix reuse, copy-on-write, sliding windows.
 
-Every block is in exactly one state: free, referenced (count > 0), or idle in the prefix cache (count 0, evictable).
-A sequence may write only to blocks that it alone holds and that are not cached; a shared one is copied first.
+A model has one cache group per kind of attention layer. Each group has its own pool and each sequence a table in it;
+a group with a sliding window holds only the blocks that a later token can still see. A sequence writes only to blocks
+that it alone holds and that are not cached; a shared one is copied first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import TypeVar
 
-from fairlead.request import Sequence
-from fairlead.scheduling.prefix_cache import PrefixCache, block_hash, root_hash
+from fairlead.request import BlockTable, Sequence
+from fairlead.scheduling.block_pool import BlockPool
+from fairlead.scheduling.prefix_cache import block_hash, root_hash
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """One kind of attention layer: its number of blocks, and how many tokens back a query sees (None: all)."""
+
+    num_blocks: int
+    sliding_window: int | None = None
+
+    def first_visible(self, position: int) -> int:
+        """The first token that the query at a position can see."""
+        return 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1)
+
+
+def blocks_per_sequence(sliding_window: int | None, num_tokens: int, block_size: int, max_chunk: int) -> int:
+    """The most blocks that a sequence of so many tokens ever holds, computed in chunks of at most `max_chunk`."""
+    whole = -(-num_tokens // block_size)
+    if sliding_window is None:
+        return whole
+    return min(whole, -(-(sliding_window - 1 + max_chunk) // block_size) + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedPrefix:
+    """The blocks of a cached prefix, by group; nobody holds them on its account yet."""
+
+    num_blocks: int
+    tables: tuple[BlockTable, ...]
 
 
 class BlockManager:
-    """Paged KV memory as integers: allocation, reference counts, prefix reuse, copy-on-write."""
+    """Paged KV memory as integers. All groups have the same block size, in tokens."""
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
-        self._caching = enable_prefix_caching
-        self._cache = PrefixCache()
-        self._free = list(range(num_blocks - 1, -1, -1))
-        self._refs = [0] * num_blocks
-
-    @property
-    def num_available(self) -> int:
-        """Blocks that can be allocated now: the free and the idle ones."""
-        return len(self._free) + self._cache.num_idle
+    def __init__(
+        self, groups: Seq[CacheGroup], block_size: int, *, max_chunk: int, enable_prefix_caching: bool
+    ) -> None:
+        self.groups, self.block_size = tuple(groups), block_size
+        self._max_chunk, self._caching = max_chunk, enable_prefix_caching
+        self.pools = tuple(BlockPool(g.num_blocks) for g in groups)
 
     @property
-    def num_referenced(self) -> int:
-        """Blocks that at least one sequence holds."""
-        return self.num_blocks - self.num_available
+    def usage(self) -> float:
+        """Share of the blocks that sequences hold, in the fullest group."""
+        return max(pool.num_referenced / pool.num_blocks for pool in self.pools)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that this many tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def cached_prefix(self, seq: Sequence) -> list[int]:
-        """The blocks of the longest cached prefix of a sequence; at least its last token is left to compute.
+    def cached_prefix(self, seq: Sequence) -> CachedPrefix:
+        """The longest cached prefix of a sequence; at least its last token is left to compute.
 
         Takes no reference. Hashes are kept in the sequence, so that each block is hashed once in its life.
         """
-        if not self._caching:
-            return []
-        num_full = (seq.num_tokens - 1) // self.block_size
+        num_full = (seq.num_tokens - 1) // self.block_size if self._caching else 0
         self._extend_hashes(seq, num_full)
-        blocks: list[int] = []
-        for h in seq.block_hashes[:num_full]:
-            block = self._cache.get(h)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        hashes = seq.block_hashes[:num_full]
+        runs = [_runs(pool, hashes) for pool in self.pools]
+        num_blocks = num_full
+        while not all(run[num_blocks] >= num_blocks - self._first_needed(g, num_blocks) for g, run in self._with(runs)):
+            num_blocks -= 1
+        tables = []
+        for group, pool in self._with(self.pools):
+            first = self._first_needed(group, num_blocks)
+            blocks = [pool.cache.get(h) for h in hashes[first:num_blocks]]
+            tables.append(BlockTable(first, [b for b in blocks if b is not None]))
+        return CachedPrefix(num_blocks=num_blocks, tables=tuple(tables))
 
-    def can_admit(self, seq: Sequence, cached: list[int]) -> bool:
+    def can_admit(self, seq: Sequence, prefix: CachedPrefix) -> bool:
         """Whether a waiting sequence fits whole, its cached prefix taken into account."""
-        num_new = self.num_blocks_for(seq.num_tokens) - len(cached)
-        num_idle_hits = sum(1 for b in cached if self._refs[b] == 0)
-        return num_new <= self.num_available - num_idle_hits
+        for group, pool, table in zip(self.groups, self.pools, prefix.tables, strict=True):
+            most = blocks_per_sequence(group.sliding_window, seq.num_tokens, self.block_size, self._max_chunk)
+            num_new = min(most, self.num_blocks_for(seq.num_tokens) - table.first) - len(table.blocks)
+            if num_new > pool.num_available - pool.num_idle(table.blocks):
+                return False
+        return True
 
-    def attach(self, seq: Sequence, cached: list[int]) -> None:
+    def attach(self, seq: Sequence, prefix: CachedPrefix) -> None:
         """Gives a sequence without blocks its cached prefix and counts those tokens as computed."""
-        assert not seq.block_table
-        for block in cached:
-            self._reference(block)
-        seq.block_table = list(cached)
-        seq.num_computed_tokens = len(cached) * self.block_size
+        assert not seq.block_tables
+        for pool, table in zip(self.pools, prefix.tables, strict=True):
+            for block in table.blocks:
+                pool.reference(block)
+        seq.block_tables = list(prefix.tables)
+        seq.num_computed_tokens = prefix.num_blocks * self.block_size
 
-    def reserve(self, seq: Sequence, num_tokens: int) -> list[tuple[int, int]] | None:
+    def reserve(self, seq: Sequence, num_tokens: int) -> list[tuple[int, int, int]] | None:
         """Makes room for the next `num_tokens` tokens of a sequence and publishes the blocks that they fill.
 
-        Returns the block copies (source, destination) to make before the step writes, or None, with nothing changed,
-        when too few blocks are left. Blocks are published before they are computed: a step writes all keys and values
-        of a layer before it reads any, so a sequence of the same step may already share them.
+        Returns the block copies (group, source, destination) to make before the step writes, or None, with nothing
+        taken, when too few blocks are left. Blocks that no later token can see are released. Blocks are published
+        before they are computed: a step writes all keys and values of a layer before it reads any, so a sequence of
+        the same step may already share them.
         """
-        end = seq.num_computed_tokens + num_tokens
-        table = seq.block_table
         first = seq.num_computed_tokens // self.block_size
-        copy_first = first < len(table) and not self._writable(table[first])
-        num_new = self.num_blocks_for(end) - len(table)
-        if num_new + copy_first > self.num_available:
-            return None
+        end = self.num_blocks_for(seq.num_computed_tokens + num_tokens)
+        shared: list[bool] = []
+        for group, pool, table in zip(self.groups, self.pools, seq.block_tables, strict=True):
+            self._release_before(group.first_visible(seq.num_computed_tokens) // self.block_size, pool, table)
+            is_shared = first < table.end and not pool.is_writable(table.blocks[first - table.first])
+            if end - table.end + is_shared > pool.num_available:
+                return None
+            shared.append(is_shared)
         copies = []
-        if copy_first:
-            source, table[first] = table[first], self._allocate()
-            copies.append((source, table[first]))
-            self._release(source)
-        for _ in range(num_new):
-            table.append(self._allocate())
+        for i, (pool, table) in enumerate(zip(self.pools, seq.block_tables, strict=True)):
+            if shared[i]:
+                source, copy = table.blocks[first - table.first], pool.allocate()
+                table.blocks[first - table.first] = copy
+                copies.append((i, source, copy))
+                pool.release(source)
+            while table.end < end:
+                table.blocks.append(pool.allocate())
         if self._caching:
-            self._publish(seq, first, end // self.block_size)
+            self._publish(seq, first, (seq.num_computed_tokens + num_tokens) // self.block_size)
         return copies
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Shares the parent's blocks that hold the child's computed tokens; either copies before it writes there."""
-        assert not child.block_table
-        child.block_table = parent.block_table[: self.num_blocks_for(child.num_computed_tokens)]
+        assert not child.block_tables
+        end = self.num_blocks_for(child.num_computed_tokens)
         child.block_hashes = parent.block_hashes[: child.num_computed_tokens // self.block_size]
-        for block in child.block_table:
-            self._reference(block)
+        for pool, table in zip(self.pools, parent.block_tables, strict=True):
+            shared = table.blocks[: max(0, end - table.first)]
+            child.block_tables.append(BlockTable(table.first, shared))
+            for block in shared:
+                pool.reference(block)
 
     def free(self, seq: Sequence) -> None:
         """Takes all blocks from a sequence; the last ones become the first to be evicted."""
-        for block in reversed(seq.block_table):
-            self._release(block)
-        seq.block_table = []
+        for pool, table in zip(self.pools, seq.block_tables, strict=False):
+            for block in reversed(table.blocks):
+                pool.release(block)
+        seq.block_tables = []
         seq.num_computed_tokens = 0
+
+    def unpublish(self, seq: Sequence) -> None:
+        """Forgets the cached blocks of a sequence: what they hold is not to be trusted."""
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
+            for block in table.blocks:
+                pool.cache.forget(block)
 
     def reset_cache(self) -> None:
         """Forgets all cached prefixes; sequences keep the blocks that they hold."""
-        self._free += self._cache.clear()
+        for pool in self.pools:
+            pool.reset_cache()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Asserts the invariants over all live sequences; for tests and for an idle engine."""
-        counts = [0] * self.num_blocks
-        for seq in sequences:
-            for block in seq.block_table:
-                counts[block] += 1
-        assert counts == self._refs, "a reference count differs from the tables that hold the block"
-        self._cache.check_integrity(self._refs)
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is free twice"
-        assert all(counts[b] == 0 and b not in self._cache for b in free), "a free block is in use"
-        referenced = sum(1 for c in counts if c)
-        assert len(free) + referenced + self._cache.num_idle == self.num_blocks, "a block is lost"
+        tables = [seq.block_tables for seq in sequences if seq.block_tables]
+        assert all(len(t) == len(self.groups) for t in tables)
+        for i, pool in enumerate(self.pools):
+            pool.check_integrity(block for table in tables for block in table[i].blocks)
 
-    def _writable(self, block: int) -> bool:
-        return self._refs[block] == 1 and block not in self._cache
+    def _with(self, values: Seq[T]) -> Iterator[tuple[CacheGroup, T]]:
+        return zip(self.groups, values, strict=True)
 
-    def _allocate(self) -> int:
-        block = self._free.pop() if self._free else self._cache.evict()
-        assert self._refs[block] == 0
-        self._refs[block] = 1
-        return block
+    def _first_needed(self, group: CacheGroup, num_blocks: int) -> int:
+        """The first block that a sequence with so many computed blocks still needs."""
+        return group.first_visible(num_blocks * self.block_size) // self.block_size
 
-    def _reference(self, block: int) -> None:
-        if self._refs[block] == 0:
-            self._cache.set_busy(block)
-        self._refs[block] += 1
-
-    def _release(self, block: int) -> None:
-        self._refs[block] -= 1
-        assert self._refs[block] >= 0
-        if self._refs[block] == 0:
-            if block in self._cache:
-                self._cache.set_idle(block)
-            else:
-                self._free.append(block)
+    def _release_before(self, first: int, pool: BlockPool, table: BlockTable) -> None:
+        num_gone = min(first - table.first, len(table.blocks))
+        if num_gone > 0:
+            for block in table.blocks[:num_gone]:
+                pool.release(block)
+            del table.blocks[:num_gone]
+            table.first += num_gone
 
     def _publish(self, seq: Sequence, first: int, num_full: int) -> None:
-        if num_full > first:
-            self._extend_hashes(seq, num_full)
+        self._extend_hashes(seq, num_full)
+        for pool, table in zip(self.pools, seq.block_tables, strict=True):
             for i in range(first, num_full):
-                if seq.block_table[i] not in self._cache:
-                    self._cache.publish(seq.block_table[i], seq.block_hashes[i])
+                pool.cache.publish(table.blocks[i - table.first], seq.block_hashes[i])
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         hashes, size = seq.block_hashes, self.block_size
         for i in range(len(hashes), num_full):
             parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
             hashes.append(block_hash(parent, seq.token_ids[i * size : (i + 1) * size]))
+
+
+def _runs(pool: BlockPool, hashes: Seq[bytes]) -> list[int]:
+    """For every i up to len(hashes): how many cached blocks without a gap end before block i."""
+    runs = [0]
+    for h in hashes:
+        runs.append(0 if pool.cache.get(h) is None else runs[-1] + 1)
+    return runs
