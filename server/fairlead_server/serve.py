@@ -47,14 +47,16 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address, before anything slow begins. Raises PortTakenError."""
+    listener = None
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise PortTakenError(
             f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --host and --port"
         ) from error

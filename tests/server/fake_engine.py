@@ -1,6 +1,6 @@
 """An engine process without a model: it repeats its prompt. Run as a script in place of fairlead.engine.process.
 
-The first token of a prompt can ask for trouble, and so can the setting `revision` at load (see FAULTS and `load`).
+The first token of a prompt can ask for trouble (RAISE and the others), and so can the setting `revision` (see `load`).
 """
 
 import os
@@ -79,7 +79,8 @@ class FakeEngine:
 
     def _advance(self, running: Running) -> SequenceDelta:
         prompt, params = running.request.prompt_token_ids, running.request.params
-        fault = prompt[0] if running.num_output >= 1 else None  # trouble comes after the first token
+        start = 40 if prompt[0] == NAN else 1  # trouble comes after the first token, in a stream well after it
+        fault = prompt[0] if running.num_output >= start else None
         if fault == RAISE:
             raise RuntimeError("the fake engine was told to fail")
         if fault == HANG:

@@ -3,7 +3,7 @@
 A draw needs one uniform number, which is a hash of the sequence's seed and the position of the token. So a request
 with a seed gets the same tokens whatever shares its batch, before and after a preemption, and on every restart.
 
-Shapes: S sequences, V vocabulary.
+Shapes: S sequences, R rows of them, V vocabulary, W best tokens.
 """
 
 from collections.abc import Sequence as Seq
@@ -12,55 +12,68 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fairlead.request import TokenLogprobs
+from fairlead.request import SamplingParams, TokenLogprobs
 from fairlead.scheduling.batch import SampledToken, ScheduledChunk
 
-_MASK = np.uint64(2**64 - 1)
+_NUM_CANDIDATES = 512  # enough for nearly every top_p or min_p; to sort all of V = 128k takes 20 times as long
+_FLOAT32 = np.finfo(np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnRows:
+    """Rows of a step that are drawn in the same way, and what each needs for it. R is the number of these rows."""
+
+    rows_R: np.ndarray
+    temperature_R: np.ndarray  # float32, above 0
+    top_k_R: np.ndarray  # float64, as are the rest; 0 is off
+    top_p_R: np.ndarray
+    min_p_R: np.ndarray
+    uniform_R: np.ndarray
+
+    @classmethod
+    def of(cls, chunks: Seq[ScheduledChunk], rows: list[int]) -> "DrawnRows | None":
+        """Collects the parameters of these rows; None if there are no rows."""
+        if not rows:
+            return None
+        params = [chunks[i].params for i in rows]
+        temperature_R = np.array([p.temperature for p in params]).clip(float(_FLOAT32.tiny), float(_FLOAT32.max))
+        return cls(
+            rows_R=np.array(rows),
+            temperature_R=temperature_R.astype(np.float32),
+            top_k_R=np.array([max(p.top_k, 0) for p in params], dtype=np.float64),
+            top_p_R=np.array([p.top_p for p in params], dtype=np.float64),
+            min_p_R=np.array([p.min_p for p in params], dtype=np.float64),
+            uniform_R=uniform(
+                np.array([chunks[i].sample_seed for i in rows], dtype=np.uint64),
+                np.array([chunks[i].position for i in rows], dtype=np.uint64),
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingBatch:
-    """The sampling parameters of a step's rows, on the host; None where no row needs them."""
+    """The sampling parameters of a step's rows, on the host. Rows that are neither plain nor filtered are greedy."""
 
-    temperature_S: np.ndarray | None  # None: every row is greedy
-    top_k_S: np.ndarray | None
-    top_p_S: np.ndarray | None
-    min_p_S: np.ndarray | None
-    uniform_S: np.ndarray | None
+    plain: DrawnRows | None  # drawn from the whole distribution
+    filtered: DrawnRows | None  # cut by top_k, top_p or min_p first
     num_logprobs: int | None  # the most that any row wants
     logprobs_S: tuple[int | None, ...]
 
     @classmethod
     def of(cls, chunks: Seq[ScheduledChunk]) -> "SamplingBatch":
         """Collects the parameters of the chunks that sample, in order."""
-        params = [c.params for c in chunks]
-        wanted = tuple(p.logprobs for p in params)
-        num_logprobs = max((k for k in wanted if k is not None), default=None)
-        temperature_S = np.array([p.temperature for p in params], dtype=np.float32)
-        if not temperature_S.any():
-            return cls(
-                temperature_S=None,
-                top_k_S=None,
-                top_p_S=None,
-                min_p_S=None,
-                uniform_S=None,
-                num_logprobs=num_logprobs,
-                logprobs_S=wanted,
-            )
-        top_k_S = np.array([max(p.top_k, 0) for p in params], dtype=np.int64)
-        top_p_S = np.array([p.top_p for p in params], dtype=np.float64)
-        min_p_S = np.array([p.min_p for p in params], dtype=np.float64)
-        seeds = np.array([c.sample_seed for c in chunks], dtype=np.uint64)
-        positions = np.array([c.position for c in chunks], dtype=np.uint64)
+        wanted = tuple(c.params.logprobs for c in chunks)
+        drawn = [(i, _keeps_all(c.params)) for i, c in enumerate(chunks) if not c.params.is_greedy]
         return cls(
-            temperature_S=temperature_S,
-            top_k_S=top_k_S if top_k_S.any() else None,
-            top_p_S=top_p_S if (top_p_S < 1).any() else None,
-            min_p_S=min_p_S if min_p_S.any() else None,
-            uniform_S=uniform(seeds, positions),
-            num_logprobs=num_logprobs,
+            plain=DrawnRows.of(chunks, [i for i, keeps_all in drawn if keeps_all]),
+            filtered=DrawnRows.of(chunks, [i for i, keeps_all in drawn if not keeps_all]),
+            num_logprobs=max((k for k in wanted if k is not None), default=None),
             logprobs_S=wanted,
         )
+
+
+def _keeps_all(params: SamplingParams) -> bool:
+    return params.top_k <= 0 and params.top_p == 1 and params.min_p == 0
 
 
 def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
@@ -75,79 +88,94 @@ def uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    z = (z + np.uint64(0x9E3779B97F4A7C15)) & _MASK
+    z = z + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: np.ndarray = z ^ (z >> np.uint64(31))
+    return mixed
 
 
 def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
-    """Draws a token for every row; a row that holds NaN gets token_id None and leaves the others as they are.
+    """Draws a token for every row; a row whose best logit is not finite (NaN anywhere, +inf, or all -inf) gets
+    token_id None and leaves the others as they are.
 
     Greedy rows take the first of the largest logits. The others: temperature, then top_k, top_p and min_p, each on
-    the distribution that the one before left, renormalised. Log-probabilities are those of the unchanged logits.
+    the distribution that the one before left, renormalised (the order of transformers). Log-probabilities are those of
+    the unchanged logits.
     """
-    best_S, greedy_S = logits_SV.max(dim=-1)
-    if batch.temperature_S is None:
-        tokens_S = greedy_S
-    else:
-        drawn_S = _draw(logits_SV, batch)
-        is_greedy_S = torch.from_numpy(batch.temperature_S == 0).to(logits_SV.device)
-        tokens_S = torch.where(is_greedy_S, greedy_S, drawn_S)
-    is_nan: list[bool] = best_S.isnan().tolist()
+    best_S, tokens_S = logits_SV.max(dim=-1)
+    # A row's own parameters alone decide how it is drawn: else its tokens would depend on what shares its batch.
+    for drawn, draw in ((batch.plain, _draw_plain), (batch.filtered, _draw_filtered)):
+        if drawn is not None:
+            rows_R = torch.from_numpy(drawn.rows_R).to(logits_SV.device)
+            logits_RV = logits_SV if len(rows_R) == len(logits_SV) else logits_SV[rows_R]
+            tokens_S[rows_R] = draw(_probs(logits_RV, best_S[rows_R], drawn), drawn)
+    is_bad = (~best_S.isfinite()).tolist()
     token_ids: list[int] = tokens_S.tolist()
     logprobs = _logprobs(logits_SV, tokens_S, batch)
     return [
-        SampledToken(token_id=None if nan else token_id, logprobs=None if nan else row)
-        for token_id, nan, row in zip(token_ids, is_nan, logprobs, strict=True)
+        SampledToken(token_id=None if bad else token_id, logprobs=None if bad else row)
+        for token_id, bad, row in zip(token_ids, is_bad, logprobs, strict=True)
     ]
 
 
-def _draw(logits_SV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """One token per row by inversion of the cumulative distribution, summed in float64; greedy rows are ignored."""
-    assert batch.temperature_S is not None
-    assert batch.uniform_S is not None
-    device = logits_SV.device
-    # A row of temperature 0 is drawn too, and not used; 1 keeps its arithmetic finite.
-    temperature_S = torch.from_numpy(np.where(batch.temperature_S == 0, 1, batch.temperature_S)).to(device)
-    shifted_SV = logits_SV - logits_SV.amax(-1, keepdim=True)  # so that a tiny temperature cannot overflow
-    probs_SV = (shifted_SV / temperature_S[:, None]).nan_to_num_(nan=-torch.inf).softmax(-1)
-    ids_SV: torch.Tensor | None = None
-    if batch.top_k_S is not None or batch.top_p_S is not None or batch.min_p_S is not None:
-        probs_SV, ids_SV = _filter(probs_SV, batch)
-    cumulative_SV = probs_SV.double().cumsum(-1)
-    threshold_S1 = torch.from_numpy(batch.uniform_S).to(device)[:, None] * cumulative_SV[:, -1:]
-    # The first entry whose cumulative probability exceeds the threshold: never one of probability 0.
-    place_S1 = torch.searchsorted(cumulative_SV, threshold_S1, right=True).clamp_(max=probs_SV.shape[1] - 1)
-    return place_S1.squeeze(1) if ids_SV is None else ids_SV.gather(1, place_S1).squeeze(1)
+def _probs(logits_RV: torch.Tensor, best_R: torch.Tensor, drawn: DrawnRows) -> torch.Tensor:
+    temperature_R1 = torch.from_numpy(drawn.temperature_R).to(logits_RV.device)[:, None]
+    shifted_RV = logits_RV - best_R[:, None]  # so that a tiny temperature cannot overflow
+    return shifted_RV.div_(temperature_R1).softmax(-1)
 
 
-def _filter(probs_SV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeroes what top_k, top_p and min_p leave out; returns falling probabilities and their token ids.
+def _draw_plain(probs_RV: torch.Tensor, drawn: DrawnRows) -> torch.Tensor:
+    """One token per row by inversion of the cumulative distribution, summed in float64."""
+    return _invert(probs_RV.double().cumsum(-1), torch.from_numpy(drawn.uniform_R).to(probs_RV.device)[:, None])[:, 0]
+
+
+def _invert(cumulative_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
+    """The first place whose cumulative probability exceeds the threshold: never one of probability 0."""
+    threshold_R1 = uniform_R1 * cumulative_RV[:, -1:]
+    return torch.searchsorted(cumulative_RV, threshold_R1, right=True).clamp_(max=cumulative_RV.shape[1] - 1)
+
+
+def _draw_filtered(probs_RV: torch.Tensor, drawn: DrawnRows) -> torch.Tensor:
+    """One token per row from what top_k, top_p and min_p leave.
 
     Equal probabilities rank by token id. top_k keeps exactly k tokens; top_p keeps the smallest set whose share of
-    what top_k left reaches p; min_p keeps tokens of at least min_p times the best one's probability.
+    what top_k left reaches p; min_p keeps tokens of at least min_p times the best one's probability. So a row keeps
+    its n best tokens, for which a few candidates are sorted, and all tokens only in rows where those do not suffice.
     """
-    device = probs_SV.device
-    num_tokens = probs_SV.shape[1]
-    sorted_SV, ids_SV = probs_SV.sort(dim=-1, descending=True, stable=True)
-    if batch.top_k_S is not None:
-        kept_S = np.where(batch.top_k_S == 0, num_tokens, np.minimum(batch.top_k_S, num_tokens))
-        width = int(kept_S.max())
-        sorted_SV, ids_SV = sorted_SV[:, :width].clone(), ids_SV[:, :width]
-        rank_V = torch.arange(width, device=device)
-        sorted_SV.masked_fill_(rank_V >= torch.from_numpy(kept_S).to(device)[:, None], 0.0)
-    if batch.top_p_S is not None:
-        top_p_S1 = torch.from_numpy(batch.top_p_S).to(device)[:, None]
-        cumulative_SV = sorted_SV.double().cumsum(-1)
-        before_SV = cumulative_SV - sorted_SV
-        is_out_SV = (before_SV >= top_p_S1 * cumulative_SV[:, -1:]) & (top_p_S1 < 1)
-        is_out_SV[:, 0] = False
-        sorted_SV = sorted_SV.masked_fill(is_out_SV, 0.0)
-    if batch.min_p_S is not None:
-        floor_S1 = torch.from_numpy(batch.min_p_S).to(device)[:, None] * sorted_SV[:, :1]
-        sorted_SV = sorted_SV.masked_fill(sorted_SV < floor_S1, 0.0)
-    return sorted_SV, ids_SV
+    num_tokens = probs_RV.shape[1]
+    settings = np.stack((drawn.top_k_R, drawn.top_p_R, drawn.min_p_R, drawn.uniform_R))
+    settings_4R = torch.from_numpy(settings).to(probs_RV.device)
+    longest = int(drawn.top_k_R.max(where=drawn.top_k_R < num_tokens, initial=_NUM_CANDIDATES))
+    if longest >= num_tokens:
+        return _draw_best(probs_RV, settings_4R, num_tokens)[0]
+    tokens_R, is_cut_off_R = _draw_best(probs_RV, settings_4R, longest)
+    if is_cut_off_R.any():
+        tokens_R[is_cut_off_R] = _draw_best(probs_RV[is_cut_off_R], settings_4R[:, is_cut_off_R], num_tokens)[0]
+    return tokens_R
+
+
+def _draw_best(probs_RV: torch.Tensor, settings_4R: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from the `width` best tokens W; returns the tokens and which rows would have kept more than W."""
+    num_tokens = probs_RV.shape[1]
+    top_k_R1, top_p_R1, min_p_R1, uniform_R1 = settings_4R.unsqueeze(-1)
+    has_top_k_R1 = (top_k_R1 > 0) & (top_k_R1 < num_tokens)
+    best_RW = probs_RV.topk(width).values if width < num_tokens else probs_RV.sort(dim=-1, descending=True).values
+    rank_W = torch.arange(width, device=probs_RV.device)
+    is_kept_RW = (rank_W < top_k_R1) | ~has_top_k_R1
+    best_RW = best_RW.double().masked_fill_(~is_kept_RW, 0.0)
+    cumulative_RW = best_RW.cumsum(-1)
+    mass_R1 = torch.where(has_top_k_R1, cumulative_RW[:, -1:], 1.0)
+    is_kept_RW &= (cumulative_RW - best_RW < top_p_R1 * mass_R1) | (top_p_R1 == 1)
+    is_kept_RW &= best_RW >= min_p_R1 * best_RW[:, :1]
+    is_kept_RW[:, 0] = True
+    place_R1 = _invert(best_RW.masked_fill(~is_kept_RW, 0.0).cumsum(-1), uniform_R1)
+    # The place among the sorted ones becomes a token: the n-th of those that have this very probability.
+    value_R1 = best_RW.gather(1, place_R1)
+    nth_R1 = place_R1 - (best_RW > value_R1).sum(-1, keepdim=True) + 1
+    count_RV = (probs_RV == value_R1.float()).cumsum(-1, dtype=torch.int32)
+    tokens_R1 = torch.searchsorted(count_RV, nth_R1.int()).clamp_(max=num_tokens - 1)
+    return tokens_R1[:, 0], is_kept_RW.all(-1) & ~has_top_k_R1[:, 0]
 
 
 def _logprobs(logits_SV: torch.Tensor, tokens_S: torch.Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:

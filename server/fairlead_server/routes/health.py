@@ -15,7 +15,8 @@ def router(service: Service) -> APIRouter:
     registry = metrics.registry(service.engine, service.model_name)
 
     @routes.get("/health")
-    @routes.api_route("/ping", methods=["GET", "POST"])
+    @routes.get("/ping")
+    @routes.post("/ping")
     async def health() -> Response:
         if not service.engine.is_healthy:
             raise ApiError(503, "The engine has ended or hangs.", type="service_unavailable_error")

@@ -1,0 +1,234 @@
+"""The command line: exit statuses, one line per error, layers of settings, and what is imported."""
+
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fairlead
+from fairlead.config import ServerConfig, engine_settings, settings_of
+from fairlead.errors import ConfigError
+from fairlead_server import cli
+from fairlead_server.cli_options import ACCEPTED, gather
+
+
+def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    assert isinstance(raised.value.code, int)
+    return raised.value.code, captured.out, captured.err
+
+
+def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
+    """Runs a command line that fails; returns its one line."""
+    code, out, err = invoke(capsys, *arguments)
+    assert (code, out) == (status, ""), err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    return err
+
+
+@pytest.fixture
+def no_serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """`serve` only notes its configs."""
+    from fairlead_server import serve
+
+    configs: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(serve, "serve", lambda engine, server: configs.append((engine, server)) or 0)
+    return configs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["serve", "--prot", "1"], "--prot"),
+        (["serve", "--port", "abc"], "--port"),
+        (["serve", "demo", "extra"], "extra"),
+        (["nothing"], "nothing"),
+        (["serve", "--port", "99999"], "port must be from 0 to 65535"),
+        (["serve", "--dtype", "int3"], "dtype must be one of"),
+        (["serve", "--quantization", "gptq"], "quantization 'gptq' is not available"),
+        (["serve", "a", "--model", "b"], "two models are named: 'a' and --model 'b'"),
+        (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
+        (["serve", "--op-providers", "nonsense"], "OP=PROVIDER"),
+        (["run", "demo", "--max-tokens", "x"], "--max-tokens"),
+        (["run", "demo", "hi", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
+        (["platforms", "--port", "1"], "--port"),
+    ],
+)
+def test_a_wrong_command_line_is_2(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    assert expected in fails(capsys, 2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["serve", "/nowhere", "--port", "0"], "no model directory '/nowhere'"),
+        (["serve", "--host", "999.1.1.1"], "cannot listen on 999.1.1.1"),
+        (["run", "demo", "hi", "--temperature", "-1"], "temperature must be"),
+        (["run", "demo", "hi", "--max-tokens", "0"], "max_tokens must be"),
+    ],
+)
+def test_a_failure_is_1(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
+    assert expected in fails(capsys, 1, *arguments)
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        start = time.monotonic()
+        message = fails(capsys, 1, "serve", "/nowhere", "--port", port)
+    assert time.monotonic() - start < 1
+    assert f"port {port}" in message
+    assert "--port" in message
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "serve", "/nowhere"], ["serve", "/nowhere", "--debug"]])
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    code, _, err = invoke(capsys, *arguments, "--port", "0")
+    assert code == 1
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: there is no model directory")
+
+
+def test_a_fault_of_ours_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def discover() -> None:
+        raise ZeroDivisionError("what\nnow")
+
+    monkeypatch.setattr(cli, "discover", discover)
+    assert "ZeroDivisionError: what now" in fails(capsys, 1, "platforms")
+
+
+def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def discover() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "discover", discover)
+    assert invoke(capsys, "platforms")[0] == 130
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(capsys, "--version") == (0, f"fairlead {fairlead.__version__}\n", "")
+
+
+def test_help_names_every_setting_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = invoke(capsys, "serve", "--help")
+    assert code == 0
+    flags = set(re.findall(r"--[a-z-]+", out))
+    settings = [*engine_settings(), *settings_of("server", ServerConfig)]
+    assert {f"--{setting.name.replace('_', '-')}" for setting in settings} <= flags
+    assert invoke(capsys)[0] == 0
+
+
+def test_platforms(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = invoke(capsys, "platforms")
+    assert code == 0
+    assert re.search(r"^cpu +available +0 +fairlead-cpu", out, re.MULTILINE)
+    code, out, _ = invoke(capsys, "platforms", "--json")
+    [cpu] = [entry for entry in json.loads(out) if entry["name"] == "cpu"]
+    assert cpu["status"] == "available"
+    assert cpu["devices"][0]["memory_bytes"] > 0
+
+
+def test_a_platform_that_cannot_be_used_is_listed_with_its_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fairlead.plugins import PlatformRecord
+
+    record = PlatformRecord(name="acme", distribution="a", version="1", status="broken", reason="ImportError: no acme")
+    monkeypatch.setattr(cli, "discover", lambda: [record])
+    assert "ImportError: no acme" in invoke(capsys, "platforms")[1]
+    monkeypatch.setattr(cli, "discover", list)
+    assert "pip install" in invoke(capsys, "platforms")[1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "some/model", "--gpu-memory-utilization", "0.5", "--no-enable-prefix-caching", "--port", "1"],
+        ["serve", "--model", "some/model", "--device-memory-utilization=0.5", "--no-enable-prefix-caching", "--port=1"],
+    ],
+)
+def test_flags_aliases_and_negations_reach_the_config(
+    capsys: pytest.CaptureFixture[str], no_serving: list[Any], arguments: list[str]
+) -> None:
+    flags = [f"--{name.replace('_', '-')}" for name in ACCEPTED]
+    assert invoke(capsys, *arguments, *flags, "--op-providers", "a=b", "--op-providers", "c=d")[0] == 0
+    [(engine, server)] = no_serving
+    assert (engine.model.model, server.port) == ("some/model", 1)
+    assert engine.cache.device_memory_utilization == 0.5
+    assert engine.cache.enable_prefix_caching is False
+    assert engine.platform.op_providers == ("a=b", "c=d")
+
+
+def test_the_layers(
+    capsys: pytest.CaptureFixture[str], no_serving: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: from/file\nport: 1\nblock-size: 2\nmax_num_seqs: 3\nenable_prefix_caching: false\n")
+    monkeypatch.setenv("FAIRLEAD_BLOCK_SIZE", "20")
+    monkeypatch.setenv("FAIRLEAD_MAX_NUM_SEQS", "30")
+    monkeypatch.setenv("FAIRLEAD_SKIP_TOKENIZER_INIT", "1")
+    assert invoke(capsys, "serve", "--config", str(file), "--max-num-seqs", "300")[0] == 0
+    [(engine, server)] = no_serving
+    assert (engine.model.model, server.port, server.host) == ("from/file", 1, "127.0.0.1")
+    assert (engine.cache.block_size, engine.scheduler.max_num_seqs) == (20, 300)
+    assert (engine.cache.enable_prefix_caching, engine.model.skip_tokenizer_init) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prt: 1", "there is no setting 'prt'"),
+        ("port: abc", "port: Expected `int`"),
+        ("- a", "must hold a mapping"),
+        ("a: [", "cannot be read"),
+        ("op_providers: x", "op_providers: Expected `array`"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(expected)) as raised:
+        gather({"config": str(file)}, positional_model=None)
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize("arguments", ["--help", "serve --help", "run --help", "platforms", "--version"])
+def test_what_only_informs_is_fast_and_imports_nothing_heavy(arguments: str) -> None:
+    code = (
+        "import sys\n"
+        "import fairlead, fairlead_server.cli\n"
+        "try:\n"
+        f"    fairlead_server.cli.main({arguments.split()!r})\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'fastapi', 'numpy', 'uvicorn', 'tokenizers'} & set(sys.modules)\n"
+        "    print('HEAVY', *heavy, file=sys.stderr)\n"
+        "    raise\n"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(time.monotonic() - start)
+        assert (done.returncode, done.stderr.strip()) == (0, "HEAVY"), done.stderr
+        if seconds[-1] < 0.7:
+            break
+    assert min(seconds) < 0.7
+
+
+def test_the_module_serves_like_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fairlead_server", "--port", "99999"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "port must be from 0 to 65535" in done.stderr
