@@ -4,10 +4,10 @@ import socket
 
 import pytest
 
-from fairlead.config import PlatformConfig
+from fairlead.config import EngineConfig, PlatformConfig, ServerConfig
 from fairlead.errors import FairleadError
 from fairlead.request import EngineInfo
-from fairlead_server.serve import banner, bind
+from fairlead_server.serve import banner, bind, serve
 
 INFO = EngineInfo(
     model="org/name",
@@ -38,6 +38,20 @@ def test_a_port_can_be_had_once(host: str) -> None:
     finally:
         first.close()
     bind(host, port).close()
+
+
+@pytest.mark.usefixtures("fake_engine_process")
+def test_a_port_that_is_taken_while_the_engine_loads_is_told_too() -> None:
+    """Two sockets may be bound to one port until one of them listens."""
+    with bind("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        bind("127.0.0.1", port).close()
+        engine_config = EngineConfig.of(model="demo")
+        server_config = ServerConfig(port=port)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("fairlead_server.serve.create_app", lambda engine: other.listen())
+            with pytest.raises(FairleadError, match=f"cannot listen on 127.0.0.1 port {port}"):
+                serve(engine_config, server_config)
 
 
 def test_the_banner_says_what_fits_and_how_to_ask() -> None:
