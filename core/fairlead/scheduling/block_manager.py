@@ -105,6 +105,11 @@ class BlockManager:
         seq.block_table = []
         seq.num_computed_tokens = 0
 
+    def unpublish(self, seq: Sequence) -> None:
+        """Forgets the cached blocks of a sequence: what they hold is not to be trusted."""
+        for block in seq.block_table:
+            self._cache.forget(block)
+
     def reset_cache(self) -> None:
         """Forgets all cached prefixes; sequences keep the blocks that they hold."""
         self._free += self._cache.clear()
@@ -147,11 +152,9 @@ class BlockManager:
                 self._free.append(block)
 
     def _publish(self, seq: Sequence, first: int, num_full: int) -> None:
-        if num_full > first:
-            self._extend_hashes(seq, num_full)
-            for i in range(first, num_full):
-                if seq.block_table[i] not in self._cache:
-                    self._cache.publish(seq.block_table[i], seq.block_hashes[i])
+        self._extend_hashes(seq, num_full)
+        for i in range(first, num_full):
+            self._cache.publish(seq.block_table[i], seq.block_hashes[i])
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         hashes, size = seq.block_hashes, self.block_size

@@ -46,9 +46,6 @@ class PrefixCache:
         """The block of this hash, or None. Changes nothing."""
         return self._block_by_hash.get(block_hash)
 
-    def is_idle(self, block: int) -> bool:
-        return block in self._idle
-
     def publish(self, block: int, block_hash: bytes) -> None:
         """Makes a referenced block findable; does nothing if another block already has this hash."""
         if block_hash not in self._block_by_hash:
@@ -69,6 +66,12 @@ class PrefixCache:
         block, _ = self._idle.popitem(last=False)
         del self._block_by_hash[self._hash_by_block.pop(block)]
         return block
+
+    def forget(self, block: int) -> None:
+        """Makes a referenced block unfindable; does nothing if it was not published."""
+        block_hash = self._hash_by_block.pop(block, None)
+        if block_hash is not None:
+            del self._block_by_hash[block_hash]
 
     def clear(self) -> list[int]:
         """Forgets every block; returns those that were idle and are free now."""

@@ -3,7 +3,9 @@
 There is no prefill phase and no decode phase. Each sequence has `num_computed_tokens`, and a step hands it tokens
 until it has caught up with `num_tokens`; chunked prefill, prefix caching and preemption by recompute follow from it.
 
-Order of service is order of arrival (`seq_id`). The oldest sequence is never preempted, so every one of them ends.
+Order of service is order of arrival (`seq_id`), and the newest one is preempted first, so all that wait are newer than
+all that run. The oldest sequence gets tokens in every step and is never preempted, so every one of them ends. Among the
+running, only the newest can be amid its prompt: it took what the budget left over, so none was admitted behind it.
 Source: Yu et al., "Orca" (OSDI 2022), section 3; Kwon et al., "PagedAttention" (SOSP 2023), section 4.5.
 """
 
@@ -106,9 +108,12 @@ class Scheduler:
         return deltas
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its sequences, and frees its blocks; does nothing if it has ended already."""
+        """Ends a request, or one of its sequences, and frees its blocks; does nothing if it has ended already.
+
+        Until the prompt of a request with n > 1 is computed it has no single sequences: only the whole can be ended.
+        """
         for seq in list(self._requests.get(request_id, ())):
-            if index is None or seq.index == index:
+            if index is None or (seq.index == index and _seats(seq) == 1):
                 self._finish(seq, FinishReason.ABORT)
 
     def abort_all(self) -> list[str]:
@@ -138,10 +143,11 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts the invariants of queues and blocks; for tests and for an idle engine."""
-        for queue, status in ((self.waiting, SequenceStatus.WAITING), (self.running, SequenceStatus.RUNNING)):
-            assert all(a.seq_id < b.seq_id for a, b in itertools.pairwise(queue))
-            assert all(s.status is status for s in queue)
+        assert all(a.seq_id < b.seq_id for a, b in itertools.pairwise([*self.running, *self.waiting])), "out of order"
+        assert all(s.status is SequenceStatus.RUNNING for s in self.running)
+        assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
         assert all(not s.block_table and s.num_computed_tokens == 0 for s in self.waiting)
+        assert all(s.num_tokens - s.num_computed_tokens == 1 for s in self.running[:-1]), "a second one amid its prompt"
         assert sorted(self._live) == sorted(s.seq_id for s in [*self.waiting, *self.running])
         assert sum(map(len, self._requests.values())) == len(self._live)
         assert self._num_seats() <= self.max_num_seqs
@@ -151,19 +157,13 @@ class Scheduler:
         self.blocks.check_integrity(self._live.values())
 
     def _continue_running(self, step: _Step) -> None:
-        # Sequences that need one token go first: a long prompt in chunks must not hold up those that stream.
-        pending = [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]
-        if len(pending) < len(self.running):
-            pending += [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]
         i = 0
-        while i < len(pending) and step.budget > 0:
-            seq = pending[i]
+        while i < len(self.running) and step.budget > 0:
+            seq = self.running[i]
             num_tokens = min(seq.num_tokens - seq.num_computed_tokens, step.budget)
             copies = self.blocks.reserve(seq, num_tokens)
             if copies is None:
-                victim = max(pending[i:], key=_arrival)
-                pending.remove(victim)
-                self._preempt(victim)
+                self._preempt_newest()
                 step.preempted = True
             else:
                 self._schedule_chunk(step, seq, num_tokens, copies)
@@ -208,11 +208,11 @@ class Scheduler:
             )
         )
 
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
+    def _preempt_newest(self) -> None:
+        seq = self.running.pop()
         self.blocks.free(seq)
         seq.status = SequenceStatus.WAITING
-        bisect.insort(self.waiting, seq, key=_arrival)
+        self.waiting.insert(0, seq)
         self._num_preemptions += 1
 
     def _fork(self, parent: Sequence) -> None:
@@ -239,11 +239,12 @@ class Scheduler:
 
     def _enter_running(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
-        bisect.insort(self.running, seq, key=_arrival)
+        bisect.insort(self.running, seq, key=lambda s: s.seq_id)
 
     def _append(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
         if token.token_id is None:
             self._num_nan += 1
+            self.blocks.unpublish(seq)
             return self._finish(seq, FinishReason.ERROR, error=NAN_ERROR)
         seq.token_ids.append(token.token_id)
         self._num_generated += 1
@@ -282,10 +283,6 @@ class Scheduler:
 
     def _num_seats(self) -> int:
         return sum(map(_seats, self.running))
-
-
-def _arrival(seq: Sequence) -> int:
-    return seq.seq_id
 
 
 def _seats(seq: Sequence) -> int:
