@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+# Before anything imports torch, here and in the servers that tests start: the models are tiny, and threads of several
+# processes that spin for each other on two cores cost ten times what they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 FULL = os.environ.get("FAIRLEAD_TEST_FULL") == "1"
 
 

@@ -1,7 +1,6 @@
 """The `fairlead` command. Importing this module, and printing any help, imports neither torch nor a web framework."""
 
 import json
-import os
 import sys
 import traceback
 from typing import Annotated, Any, NoReturn
@@ -129,9 +128,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         status = typer.main.get_command(app).main(args=arguments, prog_name="fairlead", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         status = EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_FAILED
     except Exception as error:
         status = _report(error, debug="--debug" in arguments)
     sys.exit(status if isinstance(status, int) else 0)

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fairlead import LLM, FairleadError, RequestOutput, SamplingParams
+from fairlead import FairleadError, RequestOutput, SamplingParams
 from fairlead.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from fairlead import LLM
 
 HELP = """/set NAME VALUE  temperature, top_p, top_k, min_p, max_tokens or seed    /show  the settings
 /clear           forget the conversation                                /bye   leave (so does Ctrl-D)"""
@@ -31,7 +34,11 @@ def run(settings: Mapping[str, Any], prompt: str | None, sampling: Mapping[str, 
     if prompt is None and not chat:
         prompt = sys.stdin.read()
     given = {name: value for name, value in sampling.items() if value is not None}
-    SamplingParams(**given)  # a wrong value is told before the model is loaded
+    SamplingParams(**given)  # a wrong value is told before anything is loaded
+    if prompt == "":
+        raise RequestError("the prompt is empty; give some text", param="prompt")
+    from fairlead import LLM  # imports torch
+
     llm = LLM(**{"model": "demo", **settings})
     try:
         params = replace(llm.get_default_sampling_params(), **given)
@@ -111,7 +118,7 @@ def _interruptible(outputs: Iterator[RequestOutput]) -> Iterator[Iterator[Reques
 class Chat:
     """A conversation at the terminal."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, *, show_stats: bool) -> None:
+    def __init__(self, llm: "LLM", params: SamplingParams, *, show_stats: bool) -> None:
         self._llm, self._params, self._show_stats = llm, params, show_stats
         self._messages: list[dict[str, Any]] = []
 

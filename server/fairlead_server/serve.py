@@ -57,10 +57,13 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         if listener is not None:
             listener.close()
-        raise PortTakenError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another with --host and --port"
-        ) from error
+        raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> PortTakenError:
+    why = error.strerror or error
+    return PortTakenError(f"cannot listen on {host} port {port}: {why}; choose another with --host and --port")
 
 
 class _HttpServer(uvicorn.Server):
@@ -88,7 +91,7 @@ class _Service:
         if engine is None:
             return EXIT_INTERRUPTED
         try:
-            return await self._serve(engine)
+            return EXIT_INTERRUPTED if self._signalled.is_set() else await self._serve(engine)
         finally:
             await engine.shutdown()
 
@@ -105,7 +108,7 @@ class _Service:
         signalled = asyncio.ensure_future(self._signalled.wait())
         await asyncio.wait([start, signalled], return_when=asyncio.FIRST_COMPLETED)
         signalled.cancel()
-        if start.done() and not self._signalled.is_set():
+        if start.done():
             return start.result()
         start.cancel()
         await asyncio.gather(start, return_exceptions=True)
@@ -127,8 +130,12 @@ class _Service:
         if http.started:
             host, port = self._listener.getsockname()[:2]
             print(banner(engine.info, self._engine_config.platform, host, port), file=sys.stderr, flush=True)
-        await serving
-        mourning.cancel()
+        try:
+            await serving
+        except OSError as error:  # somebody took the port while the engine was loading
+            raise _cannot_listen(self._server_config.host, self._server_config.port, error) from error
+        finally:
+            mourning.cancel()
         return EXIT_FAILED if engine.dead.is_set() else EXIT_OK
 
     async def _exit_after(self, engine: AsyncEngine, http: _HttpServer) -> None:

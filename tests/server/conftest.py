@@ -23,6 +23,8 @@ from fairlead.engine import connection
 from fairlead.engine.async_engine import AsyncEngine
 from fairlead_server.app import create_app
 
+# One thread: where other programs use the processor too, threads that wait for each other make a step 70 times longer.
+QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 FAKE_ENGINE = (sys.executable, "-P", str(Path(__file__).with_name("fake_engine.py")))
 
 
@@ -35,6 +37,12 @@ def fake() -> types.ModuleType:
     module = sys.modules["fake_engine"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def quiet() -> dict[str, str]:
+    """The environment of processes that load the real engine."""
+    return QUIET
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +166,7 @@ class ServerProcess:
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env=QUIET,
         )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -209,3 +217,12 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
     yield start
     for server in started:
         server.close()
+
+
+@pytest.fixture(scope="module")
+def module_server() -> Iterator[ServerProcess]:
+    """One `fairlead serve demo` for the tests of a module."""
+    server = ServerProcess("demo", "--port", "0")
+    yield server
+    server.process.terminate()
+    assert server.wait(60) == 0, server.stderr

@@ -14,7 +14,7 @@ def info() -> MemoryInfo:
     total, free = _host()
     limit = _read_int(_CGROUP / "memory.max")
     if limit is not None and limit < total:
-        used = _read_int(_CGROUP / "memory.current") or 0
+        used = max((_read_int(_CGROUP / "memory.current") or 0) - _reclaimable(), 0)
         total, free = limit, min(free, max(limit - used, 0))
     return MemoryInfo(total_bytes=total, free_bytes=free)
 
@@ -25,6 +25,15 @@ def _host() -> tuple[int, int]:
         return int(fields["MemTotal"].split()[0]) * 1024, int(fields["MemAvailable"].split()[0]) * 1024
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total, total // 2  # systems without /proc do not say what is free; half is a careful guess
+
+
+def _reclaimable() -> int:
+    """Bytes of cached files, such as a checkpoint just read, that the kernel drops before it refuses memory."""
+    try:
+        fields = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:  # no control group here
+        return 0
+    return int(fields.get("inactive_file", 0))
 
 
 def _read_int(path: Path) -> int | None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def probe() -> tuple[Device, ...] | str:
     """The host's processors as one device."""
-    description = f"{host.machine()}, {len(os.sched_getaffinity(0))} cores"
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    description = f"{host.machine()}, {num_cores} cores"
     return (Device(name="cpu:0", description=description, memory_bytes=memory.info().total_bytes),)
 
 

@@ -20,7 +20,7 @@ def user(content: Any) -> list[dict[str, Any]]:
 
 def test_a_chat_renders_by_the_models_template(demo_tokenizer: Tokenizer) -> None:
     messages = [{"role": "system", "content": "S"}, *user("U"), {"role": "assistant", "content": "A"}, *user("V")]
-    text = "S\n\n<|user|>U<|end|><|assistant|>A<|end|><|user|>V<|end|><|assistant|>"
+    text = "<|user|>S\n\nU<|end|><|assistant|>A<|end|><|user|>V<|end|><|assistant|>"
     assert render_chat(demo_tokenizer, messages) == text
     prompt = encode_chat(demo_tokenizer, messages)
     assert prompt.text == text

@@ -1,0 +1,155 @@
+"""`fairlead run` on the embedded model: a prompt, a pipe, a chat at a terminal."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+COMMAND = (sys.executable, "-m", "fairlead_server.cli", "run", "demo")
+
+
+@pytest.fixture(scope="module")
+def complete(quiet: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command with these arguments, and this text on its standard input."""
+
+    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, "--max-tokens", "24", "--seed", "7", *arguments],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=quiet,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def completed(complete: Callable[..., subprocess.CompletedProcess[str]]) -> subprocess.CompletedProcess[str]:
+    """What the command did with a prompt."""
+    return complete("ROMEO:", "--stats")
+
+
+def test_a_prompt_gives_text_alone_on_stdout_and_stats_on_stderr(completed: subprocess.CompletedProcess[str]) -> None:
+    assert completed.returncode == 0, completed.stderr
+    assert len(completed.stdout) > 10
+    assert completed.stdout.endswith("\n")
+    pattern = r"first token after \d+ ms · prompt \d+ tokens, [\d.]+ tok/s · output 24 tokens, [\d.]+ tok/s\n"
+    assert re.fullmatch(pattern, completed.stderr)
+
+
+def test_a_pipe_gives_the_same_as_the_prompt_under_one_seed(
+    complete: Callable[..., subprocess.CompletedProcess[str]], completed: subprocess.CompletedProcess[str]
+) -> None:
+    piped = complete(stdin="ROMEO:")
+    assert (piped.returncode, piped.stdout, piped.stderr) == (0, completed.stdout, "")
+
+
+def test_an_empty_pipe_is_one_line_at_once(complete: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = complete()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: the prompt is empty; give some text\n"
+
+
+def test_an_interrupt_is_130_without_a_traceback(quiet: dict[str, str]) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "ROMEO:", "--max-tokens", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=quiet,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_fault(quiet: dict[str, str]) -> None:
+    process = subprocess.Popen([*COMMAND, "ROMEO:"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=quiet)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    process.stderr.close()
+    process.wait(60)
+    assert err == b""
+
+
+class Terminal:
+    """A chat in a pseudo-terminal."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.execve(sys.executable, [*COMMAND, "--max-tokens", "200", "--seed", "1"], environment)
+        self.seen = ""
+
+    def wait_for(self, pattern: str) -> str:
+        """Reads until the pattern appears; returns what came, and forgets it."""
+        while not re.search(pattern, self.seen):
+            self.seen += os.read(self._fd, 4096).decode()
+        text, self.seen = self.seen, ""
+        return text
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def close(self) -> int:
+        """Reads to the end; returns the exit status."""
+        try:
+            while os.read(self._fd, 4096):
+                pass
+        except OSError:  # how a pseudo-terminal says that its other end is closed
+            pass
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(quiet: dict[str, str]) -> Iterator[Terminal]:
+    made = Terminal(quiet)
+    yield made
+    try:
+        os.kill(made.pid, signal.SIGKILL)
+        os.waitpid(made.pid, 0)
+    except (ProcessLookupError, ChildProcessError):  # it has ended, as it should
+        return
+
+
+@pytest.mark.timeout(120)
+def test_a_chat(terminal: Terminal) -> None:
+    terminal.wait_for(">>> ")
+    terminal.type("/set max_tokens 8\n")
+    terminal.wait_for(">>> ")
+    terminal.type("/set temperature cold\n")
+    assert "error: temperature cannot be 'cold'" in terminal.wait_for(">>> $")
+    terminal.type("/set top_p 5\n")
+    assert "error: top_p" in terminal.wait_for(">>> $")
+    terminal.type("/show\n")
+    assert "max_tokens 8" in terminal.wait_for(">>> $")
+    terminal.type("Hello\n")
+    terminal.wait_for(">>> $")
+    terminal.type("/set max_tokens 900\n")
+    terminal.wait_for(">>> $")
+    terminal.type("Tell me all\n")
+    terminal.wait_for(r"all\r\n[^>]*\w")
+    terminal.type("\x03")  # Ctrl-C ends the answer, not the chat
+    terminal.wait_for(">>> $")
+    terminal.type("/clear\n")
+    terminal.wait_for(">>> $")
+    terminal.type("/nonsense\n")
+    assert "/bye" in terminal.wait_for(">>> $")
+    terminal.type("\x03")
+    assert "Ctrl-D leaves" in terminal.wait_for(">>> $")
+    terminal.type("\x04")
+    assert terminal.close() == 0
