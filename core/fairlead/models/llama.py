@@ -16,7 +16,7 @@ from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import RMSNorm
 from fairlead.layers.rotary import Rotary, rope_params
-from fairlead.models.config import ModelShape, positive_int
+from fairlead.models.config import ModelShape, positive_int, positive_number
 
 
 class LlamaAttention(torch.nn.Module):
@@ -63,7 +63,7 @@ class LlamaLayer(torch.nn.Module):
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, layer: int, rotary: Rotary, ctx: BuildContext):
         super().__init__()
-        eps = float(config.get("rms_norm_eps", 1e-6))
+        eps = positive_number(config, "rms_norm_eps", 1e-6)
         self.input_layernorm = RMSNorm(shape.hidden_size, eps, ctx)
         self.self_attn = LlamaAttention(config, shape, layer, rotary, ctx)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps, ctx)
@@ -91,7 +91,7 @@ class LlamaModel(torch.nn.Module):
         self.layers = torch.nn.ModuleList(
             LlamaLayer(config, shape, layer, rotary, ctx) for layer in range(shape.num_layers)
         )
-        self.norm = RMSNorm(shape.hidden_size, float(config.get("rms_norm_eps", 1e-6)), ctx)
+        self.norm = RMSNorm(shape.hidden_size, positive_number(config, "rms_norm_eps", 1e-6), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE: torch.Tensor = self.embed_tokens(token_ids_T)
