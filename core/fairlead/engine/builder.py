@@ -4,7 +4,7 @@ Platforms return data (Capabilities, Defaults); this module applies it. No confi
 """
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -59,13 +59,6 @@ def build(config: EngineConfig) -> BuiltEngine:
     ops, op_providers = choose_ops(
         platform.name, platform.ops(), dtype=settings.dtype, overrides=config.platform.op_providers
     )
-    context = BuildContext(
-        ops=ops,
-        dtype=getattr(torch, settings.dtype),
-        device=platform.torch_device,
-        max_model_len=settings.max_model_len,
-    )
-    model = registry.build_model(checkpoint.architecture, checkpoint.config, shape, context)
     backend = platform.attention(
         settings.attention_backend,
         AttentionShape(
@@ -78,11 +71,17 @@ def build(config: EngineConfig) -> BuiltEngine:
             dtype=settings.dtype,
         ),
     )
-    if config.model.load_format == "dummy":
-        weights_bytes = loader.dummy_weights(model, platform.allocator, seed=config.model.seed)
-    else:
-        weights_bytes = loader.load_weights(model, checkpoint, platform.allocator)
+    context = BuildContext(ops=ops, dtype=getattr(torch, settings.dtype), device=platform.torch_device, max_model_len=1)
+    # A model of one position tells what the weights take, before anything as long as the context is made.
+    model = registry.build_model(checkpoint.architecture, checkpoint.config, shape, context)
+    weights_bytes = sum(p.nbytes for p in model.parameters())
     num_blocks = size_cache(config.cache, settings, platform, backend.block_bytes(), weights_bytes)
+    context = replace(context, max_model_len=settings.max_model_len)
+    model = registry.build_model(checkpoint.architecture, checkpoint.config, shape, context)
+    if config.model.load_format == "dummy":
+        loader.dummy_weights(model, platform.allocator, seed=config.model.seed)
+    else:
+        loader.load_weights(model, checkpoint, platform.allocator)
     runner = ModelRunner(model, backend, block_size=settings.block_size, device=platform.torch_device)
     runner.allocate_cache(num_blocks)
     info = EngineInfo(
@@ -151,18 +150,24 @@ def size_cache(
 ) -> int:
     """Number of KV blocks: what was asked for, else what the memory share leaves, but no more than can ever be used.
 
-    Raises KVCacheMemoryError if one sequence of max_model_len does not fit.
+    The weights are still to be loaded. Raises KVCacheMemoryError if one sequence of max_model_len does not fit, or if
+    more was asked for than the device has.
     """
+    memory = platform.memory_info()
     blocks_per_seq = -(-settings.max_model_len // settings.block_size)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
     elif config.kv_cache_memory is not None:
         num_blocks = config.kv_cache_memory // block_bytes
     else:
-        memory = platform.memory_info()
         share = int(memory.total_bytes * settings.device_memory_utilization) - weights_bytes
-        num_blocks = max(min(share, memory.free_bytes), 0) // block_bytes
+        num_blocks = max(min(share, memory.free_bytes - weights_bytes), 0) // block_bytes
         num_blocks = min(num_blocks, blocks_per_seq * settings.max_num_seqs)
+    if num_blocks * block_bytes > memory.total_bytes:
+        raise KVCacheMemoryError(
+            f"{num_blocks} KV blocks need {num_blocks * block_bytes / 2**20:.1f} MiB, but the device has "
+            f"{memory.total_bytes / 2**20:.1f} MiB in all; ask for a smaller KV cache"
+        )
     if num_blocks < blocks_per_seq:
         needed, available = blocks_per_seq * block_bytes, num_blocks * block_bytes
         remedy = "give the cache more memory (--device-memory-utilization, --kv-cache-memory)"
