@@ -45,9 +45,9 @@ def main() -> None:
 def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperature: float) -> dict[str, float]:
     """Median seconds of each part of a decode step."""
     built = build(EngineConfig.of(model=model, max_num_seqs=num_seqs))
-    runner, settings = built.runner, built.settings
+    runner, settings = built.runner, built.plan.settings
     chunk = max(settings.max_num_batched_tokens, num_seqs)
-    blocks = BlockManager(built.cache_groups, settings.block_size, max_chunk=chunk, enable_prefix_caching=True)
+    blocks = BlockManager(built.plan.cache_groups, settings.block_size, max_chunk=chunk, enable_prefix_caching=True)
     scheduler = Scheduler(
         blocks,
         max_num_seqs=num_seqs,
@@ -56,7 +56,7 @@ def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperatu
     )
     params = SamplingParams(temperature=temperature, max_tokens=None, ignore_eos=True)
     for i in range(num_seqs):
-        prompt = tuple((7 * i + j) % built.info.vocab_size for j in range(prompt_tokens))
+        prompt = tuple((7 * i + j) % built.plan.info.vocab_size for j in range(prompt_tokens))
         scheduler.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params), seed=i)
     while scheduler.waiting or any(s.num_output_tokens == 0 for s in scheduler.running):
         batch = scheduler.schedule()

@@ -19,6 +19,7 @@ _ITEM_BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMS = 8
 _PATTERNS = ("*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja", "*.tiktoken")
 
 
@@ -74,7 +75,10 @@ class Checkpoint:
         for source in (self.generation_config, self.config):
             ids = source.get("eos_token_id")
             if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (int(ids),)
+                ids = ids if isinstance(ids, list) else [ids]
+                if not all(type(i) is int for i in ids):
+                    raise CheckpointError(f"{self.directory}: eos_token_id must be an integer or a list of integers")
+                return tuple(ids)
         return ()
 
     def sampling_defaults(self) -> dict[str, Any]:
@@ -103,8 +107,8 @@ class Checkpoint:
                 raise CheckpointError(f"{index} has no weight_map of tensor names to files")
             files = [self.directory / name for name in sorted(set(weight_map.values()))]
             for file in files:
-                if file.parent != self.directory or not file.is_file():
-                    raise ModelNotFoundError(f"{index.name} names {file.name}, which is not in {self.directory}")
+                if file.parent != self.directory or not _is_file(file):
+                    raise ModelNotFoundError(f"{index} names {file.name!r:.200}, which is not in its directory")
             return files
         files = sorted(self.directory.glob("*.safetensors"))
         if not files:
@@ -147,11 +151,20 @@ def _download(config: ModelConfig) -> Path:
         raise ModelNotFoundError(f"{config.model!r} is no directory here, and the download failed: {reason}") from error
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
@@ -159,40 +172,51 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors of one safetensors file, checked: dtype, shape and extent of each, no overlap, nothing cut off."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(f"{file} is no whole safetensors file: {size} bytes, header of {length}")
-        try:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file} is no whole safetensors file: {size} bytes, header of {length}")
             header = json.loads(stream.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file} has a broken safetensors header: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a broken safetensors header: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a broken safetensors header: not a JSON object")
     header.pop("__metadata__", None)
     expected_start = 0
+    data_bytes = size - 8 - length
     for name, entry, start, end in sorted(_extents(file, header), key=lambda e: (e[2], e[3])):
-        if end > size - 8 - length:
+        if end > data_bytes:
             raise CheckpointError(
-                f"{file} is truncated: tensor {name!r} ends at byte {8 + length + end} of {size}; download it again"
+                f"{file} is truncated: tensor {name!r:.200} ends at byte {8 + length + end} of {size}; "
+                "download it again"
             )
         if start != expected_start:
-            raise CheckpointError(f"{file}: tensor {name!r} starts at byte {start} of the data, not {expected_start}")
+            raise CheckpointError(
+                f"{file}: tensor {name!r:.200} starts at byte {start} of the data, not {expected_start}"
+            )
         expected_start = end
         yield name, StoredTensor(file=file, dtype=entry["dtype"], shape=tuple(entry["shape"]))
+    if expected_start != data_bytes:
+        raise CheckpointError(f"{file} has {data_bytes - expected_start} bytes that belong to no tensor")
 
 
 def _extents(file: Path, header: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], int, int]]:
     for name, entry in header.items():
         try:
             dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            whole = all(type(n) is int and n >= 0 for n in [*shape, start, end])
-            num_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
+            item_bytes = _ITEM_BYTES[dtype]
+            is_whole = len(shape) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 2**63 for n in [*shape, start, end])
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{file}: tensor {name!r} has a broken header entry") from error
-        if not whole or end - start != num_bytes:
+            raise CheckpointError(f"{file}: tensor {name!r:.200} has a broken header entry") from error
+        if not is_whole:
+            raise CheckpointError(f"{file}: tensor {name!r:.200} has a broken shape or extent")
+        num_bytes = math.prod(shape) * item_bytes
+        if end - start != num_bytes:
             raise CheckpointError(
-                f"{file}: tensor {name!r} of {dtype} {shape} takes {num_bytes} bytes, not {start} to {end}"
+                f"{file}: tensor {name!r:.200} of {dtype} {shape} takes {num_bytes} bytes, not {start} to {end}"
             )
         yield name, entry, start, end

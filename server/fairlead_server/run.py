@@ -4,8 +4,8 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,8 @@ class Chat:
     def _answer(self, line: str) -> None:
         messages = [*self._messages, {"role": "user", "content": line}]
         stream = self._llm.chat_stream(messages, self._params)
-        with _interruptible(stream) as outputs:
+        assert isinstance(stream, Generator)  # closing it aborts the request
+        with closing(stream), _interruptible(stream) as outputs:
             output = _print_stream(outputs, show_stats=self._show_stats)
         if output is not None:
             self._messages = [*messages, {"role": "assistant", "content": output.outputs[0].text}]

@@ -38,11 +38,17 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     )
     if server_config.log_level != "debug":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the banner says the rest
+        logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
     listener = bind(server_config.host, server_config.port)
     try:
         return asyncio.run(_Service(engine_config, server_config, listener).run())
     finally:
         listener.close()
+
+
+def _is_no_probe(record: logging.LogRecord) -> bool:
+    """Whether an access is worth a line; probes come every few seconds."""
+    return not any(f" {path} HTTP" in record.getMessage() for path in ("/health", "/ping", "/metrics"))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -23,8 +23,7 @@ from fairlead.engine import connection
 from fairlead.engine.async_engine import AsyncEngine
 from fairlead_server.app import create_app
 
-# One thread: where other programs use the processor too, threads that wait for each other make a step 70 times longer.
-QUIET = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 FAKE_ENGINE = (sys.executable, "-P", str(Path(__file__).with_name("fake_engine.py")))
 
 
@@ -40,9 +39,9 @@ def fake() -> types.ModuleType:
 
 
 @pytest.fixture(scope="session")
-def quiet() -> dict[str, str]:
+def offline() -> dict[str, str]:
     """The environment of processes that load the real engine."""
-    return QUIET
+    return OFFLINE
 
 
 @pytest.fixture(scope="session")
@@ -166,7 +165,7 @@ class ServerProcess:
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
-            env=QUIET,
+            env=OFFLINE,
         )
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

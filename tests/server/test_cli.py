@@ -204,7 +204,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, expected: str) -> None
 
 
 @pytest.mark.parametrize("arguments", ["--help", "serve --help", "run --help", "platforms", "--version"])
-def test_what_only_informs_is_fast_and_imports_nothing_heavy(arguments: str) -> None:
+def test_what_only_informs_imports_nothing_heavy(arguments: str) -> None:
     code = (
         "import sys\n"
         "import fairlead, fairlead_server.cli\n"
@@ -215,15 +215,8 @@ def test_what_only_informs_is_fast_and_imports_nothing_heavy(arguments: str) -> 
         "    print('HEAVY', *heavy, file=sys.stderr)\n"
         "    raise\n"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(time.monotonic() - start)
-        assert (done.returncode, done.stderr.strip()) == (0, "HEAVY"), done.stderr
-        if seconds[-1] < 0.7:
-            break
-    assert min(seconds) < 0.7
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "HEAVY"), done.stderr
 
 
 def test_the_module_serves_like_the_command() -> None:

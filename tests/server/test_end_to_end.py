@@ -142,6 +142,7 @@ def test_sigterm_finishes_what_runs_and_leaves_no_child(
     url = server.wait_for_url(START_S)
     engine = server.engine_pids()
     assert len(engine) == 1
+    assert httpx.get(f"{url}/health").status_code == 200
     body = {"prompt": "ROMEO:", "max_tokens": 60, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
@@ -151,6 +152,8 @@ def test_sigterm_finishes_what_runs_and_leaves_no_child(
     assert server.wait(30) == 0
     assert not any(map(alive, engine))
     assert "Traceback" not in server.stderr
+    assert "POST /v1/completions" in server.stderr
+    assert "GET /health" not in server.stderr
 
 
 def test_a_second_signal_does_not_wait(start_server: Callable[..., Any], alive: Callable[[int], bool]) -> None:

@@ -7,14 +7,21 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
+
+from fairlead.request import CompletionOutput, RequestOutput, SamplingParams
+from fairlead_server.run import Chat
+
+if TYPE_CHECKING:
+    from fairlead import LLM
 
 COMMAND = (sys.executable, "-m", "fairlead_server.cli", "run", "demo")
 
 
 @pytest.fixture(scope="module")
-def complete(quiet: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def complete(offline: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the command with these arguments, and this text on its standard input."""
 
     def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -25,7 +32,7 @@ def complete(quiet: dict[str, str]) -> Callable[..., subprocess.CompletedProcess
             text=True,
             timeout=120,
             check=False,
-            env=quiet,
+            env=offline,
         )
 
     return run
@@ -58,12 +65,12 @@ def test_an_empty_pipe_is_one_line_at_once(complete: Callable[..., subprocess.Co
     assert done.stderr == "error: the prompt is empty; give some text\n"
 
 
-def test_an_interrupt_is_130_without_a_traceback(quiet: dict[str, str]) -> None:
+def test_an_interrupt_is_130_without_a_traceback(offline: dict[str, str]) -> None:
     process = subprocess.Popen(
         [*COMMAND, "ROMEO:", "--max-tokens", "1000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=quiet,
+        env=offline,
     )
     assert process.stdout is not None
     assert process.stdout.read(1)
@@ -73,8 +80,8 @@ def test_an_interrupt_is_130_without_a_traceback(quiet: dict[str, str]) -> None:
     assert b"Traceback" not in err
 
 
-def test_a_reader_that_leaves_is_no_fault(quiet: dict[str, str]) -> None:
-    process = subprocess.Popen([*COMMAND, "ROMEO:"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=quiet)
+def test_a_reader_that_leaves_is_no_fault(offline: dict[str, str]) -> None:
+    process = subprocess.Popen([*COMMAND, "ROMEO:"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=offline)
     assert process.stdout is not None
     process.stdout.read(1)
     process.stdout.close()
@@ -116,14 +123,47 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(quiet: dict[str, str]) -> Iterator[Terminal]:
-    made = Terminal(quiet)
+def terminal(offline: dict[str, str]) -> Iterator[Terminal]:
+    made = Terminal(offline)
     yield made
     try:
         os.kill(made.pid, signal.SIGKILL)
         os.waitpid(made.pid, 0)
     except (ProcessLookupError, ChildProcessError):  # it has ended, as it should
         return
+
+
+class FakeLLM:
+    """Answers with ten words, one a step; Ctrl-C is pressed after the third."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, Any]]] = []
+        self.closed = False
+
+    def chat_stream(self, messages: list[dict[str, Any]], params: SamplingParams) -> Iterator[RequestOutput]:
+        self.asked.append(messages)
+        try:
+            for count in range(1, 11):
+                text = " ".join(["word"] * count)
+                output = CompletionOutput(index=0, text=text, token_ids=[5] * count)
+                yield RequestOutput(
+                    request_id="0", prompt=None, prompt_token_ids=[1], outputs=[output], finished=count == 10
+                )
+                if count == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            self.closed = True
+
+
+def test_ctrl_c_ends_the_answer_between_two_steps_and_the_chat_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    llm, handler = FakeLLM(), signal.getsignal(signal.SIGINT)
+    chat = Chat(cast("LLM", llm), SamplingParams(), show_stats=False)
+    chat._answer("Speak")
+    assert llm.closed
+    assert capsys.readouterr().out == "word word word word\n"
+    assert signal.getsignal(signal.SIGINT) is handler
+    chat._answer("More")
+    assert [message["content"] for message in llm.asked[1]] == ["Speak", "word word word word", "More"]
 
 
 @pytest.mark.timeout(120)
@@ -138,12 +178,6 @@ def test_a_chat(terminal: Terminal) -> None:
     terminal.type("/show\n")
     assert "max_tokens 8" in terminal.wait_for(">>> $")
     terminal.type("Hello\n")
-    terminal.wait_for(">>> $")
-    terminal.type("/set max_tokens 900\n")
-    terminal.wait_for(">>> $")
-    terminal.type("Tell me all\n")
-    terminal.wait_for(r"all\r\n[^>]*\w")
-    terminal.type("\x03")  # Ctrl-C ends the answer, not the chat
     terminal.wait_for(">>> $")
     terminal.type("/clear\n")
     terminal.wait_for(">>> $")

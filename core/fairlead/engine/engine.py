@@ -15,17 +15,18 @@ class EngineCore:
     def __init__(self, config: EngineConfig) -> None:
         """Loads the model; see `builder.build` for what can be raised."""
         built = build(config)
-        self.info: EngineInfo = built.info
-        self.op_providers = built.op_providers
+        plan, settings = built.plan, built.plan.settings
+        self.info: EngineInfo = plan.info
+        self.op_providers = plan.op_providers
         self._runner = built.runner
-        settings = built.settings
+        blocks = BlockManager(
+            plan.cache_groups,
+            settings.block_size,
+            max_chunk=settings.max_num_batched_tokens,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        )
         self.scheduler = Scheduler(
-            BlockManager(
-                built.cache_groups,
-                settings.block_size,
-                max_chunk=settings.max_num_batched_tokens,
-                enable_prefix_caching=config.cache.enable_prefix_caching,
-            ),
+            blocks,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,

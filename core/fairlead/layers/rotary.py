@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from fairlead.errors import UnsupportedModelError
+from fairlead.errors import CheckpointError, UnsupportedModelError
 from fairlead.layers.context import BuildContext
+from fairlead.models.config import positive_number
 
 SUPPORTED = ("default", "linear", "llama3")
 
@@ -31,7 +32,10 @@ class Rotary(torch.nn.Module):
 
 def rope_params(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of a config.json, in either spelling (rope_parameters, or rope_theta with rope_scaling)."""
-    params = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: the rotary settings must be an object, got {given!r:.100}")
+    params = dict(given)
     params.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     params.setdefault("rope_type", params.get("type", "default"))
     return params
@@ -43,9 +47,9 @@ def inverse_frequencies(head_size: int, params: Mapping[str, Any]) -> torch.Tens
     if kind not in SUPPORTED:
         raise UnsupportedModelError(f"rope_type {kind!r} is not supported; supported: {', '.join(SUPPORTED)}")
     exponents = torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size
-    inv_freq: torch.Tensor = 1.0 / (params["rope_theta"] ** exponents)
+    inv_freq: torch.Tensor = 1.0 / (positive_number(params, "rope_theta") ** exponents)
     if kind == "linear":
-        inv_freq = inv_freq / params["factor"]
+        inv_freq = inv_freq / positive_number(params, "factor")
     return _llama3(inv_freq, params) if kind == "llama3" else inv_freq
 
 
@@ -54,8 +58,12 @@ def _llama3(inv_freq: torch.Tensor, params: Mapping[str, Any]) -> torch.Tensor:
 
     Source: Meta, llama-models, `apply_scaling` of Llama 3.1.
     """
-    factor, low, high = params["factor"], params["low_freq_factor"], params["high_freq_factor"]
-    original = params["original_max_position_embeddings"]
+    factor, low, high, original = (
+        positive_number(params, key)
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    if low >= high:
+        raise CheckpointError(f"config.json: low_freq_factor {low} must be below high_freq_factor {high}")
     wavelength = 2 * math.pi / inv_freq
     blend = (original / wavelength - low) / (high - low)
     blended = (1 - blend) * inv_freq / factor + blend * inv_freq

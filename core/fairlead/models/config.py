@@ -6,6 +6,9 @@ from typing import Any
 
 from fairlead.errors import CheckpointError
 
+# Far above any model, so that a broken config.json can neither make modules for ever nor overflow a size in bytes.
+_MAX_SIZE, _MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_SIZE = 2**24, 2**12, 2**12, 2**12
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -22,26 +25,47 @@ class ModelShape:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "ModelShape":
         """Reads and checks the sizes; raises CheckpointError naming the key."""
-        hidden, heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
+        hidden = positive_int(config, "hidden_size")
+        heads = positive_int(config, "num_attention_heads", most=_MAX_HEADS)
         kv_heads = positive_int(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
+        head_size = positive_int(config, "head_dim", hidden // heads, most=_MAX_HEAD_SIZE)
+        if head_size % 2:
+            raise CheckpointError(f"config.json: head_dim must be even for rotary positions, got {head_size}")
         return cls(
             vocab_size=positive_int(config, "vocab_size"),
             hidden_size=hidden,
-            num_layers=positive_int(config, "num_hidden_layers"),
+            num_layers=positive_int(config, "num_hidden_layers", most=_MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=positive_int(config, "head_dim", hidden // heads),
+            head_size=head_size,
             max_positions=positive_int(config, "max_position_embeddings", 2048),
         )
 
 
-def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """config[key], or the default where the key is missing or null; raises CheckpointError if it is no int > 0."""
+def positive_int(config: Mapping[str, Any], key: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
+    """config[key], or the default where it is missing or null; raises CheckpointError if it is no int in [1, most]."""
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise CheckpointError(f"config.json: {key} must be an integer from 1 to {most}, got {_shown(value)}")
     return value
+
+
+def positive_number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """config[key], or the default where it is missing or null; raises CheckpointError if it is no finite number > 0."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 2**127:
+        raise CheckpointError(f"config.json: {key} must be a number above 0, got {_shown(value)}")
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.100}"
+    except ValueError:  # an integer of thousands of digits
+        return "one of too many digits"

@@ -17,7 +17,7 @@ from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import RMSNorm
 from fairlead.layers.rotary import Rotary, rope_params
-from fairlead.models.config import ModelShape, positive_int
+from fairlead.models.config import ModelShape, positive_int, positive_number
 
 
 class LlamaAttention(torch.nn.Module):
@@ -64,7 +64,7 @@ class LlamaLayer(torch.nn.Module):
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, rotary: Rotary, ctx: BuildContext) -> None:
         super().__init__()
-        eps = float(config.get("rms_norm_eps", 1e-6))
+        eps = positive_number(config, "rms_norm_eps", 1e-6)
         self.input_layernorm = RMSNorm(shape.hidden_size, eps, ctx)
         self.self_attn = LlamaAttention(config, shape, rotary, ctx)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, eps, ctx)
@@ -90,7 +90,7 @@ class LlamaModel(torch.nn.Module):
         rotary = Rotary(shape.head_size, rope_params(config), ctx)
         self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size, ctx)
         self.layers = torch.nn.ModuleList(LlamaLayer(config, shape, rotary, ctx) for _ in range(shape.num_layers))
-        self.norm = RMSNorm(shape.hidden_size, float(config.get("rms_norm_eps", 1e-6)), ctx)
+        self.norm = RMSNorm(shape.hidden_size, positive_number(config, "rms_norm_eps", 1e-6), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE: torch.Tensor = self.embed_tokens(token_ids_T)

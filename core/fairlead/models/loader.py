@@ -46,7 +46,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
                 for name in names:
                     target = targets[name]
                     memory[target.parameter][target.start : target.stop].copy_(reader.get_tensor(name))
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     _place(model, memory)
     return sum(t.nbytes for t in memory.values())

@@ -1,0 +1,217 @@
+"""Decides how an engine will run, before anything is loaded: platform, settings, attention groups, sizes of the cache.
+
+Platforms return data (Capabilities, Defaults); this module applies it. No config is changed, no memory is taken.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+import torch
+
+from fairlead import plugins
+from fairlead.checkpoint import Checkpoint
+from fairlead.config import CacheConfig, EngineConfig
+from fairlead.errors import ConfigError, KVCacheMemoryError
+from fairlead.interface import AttentionBackend, AttentionShape, AttentionSpec, Capabilities, Platform
+from fairlead.layers.attention import Attention
+from fairlead.layers.context import BuildContext
+from fairlead.models import registry
+from fairlead.models.config import ModelShape
+from fairlead.ops.table import choose_ops
+from fairlead.request import EngineInfo
+from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Negotiated:
+    """The settings that an engine runs with: the user's, else the platform's, else the model's."""
+
+    dtype: str
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    attention_backend: str
+    device_memory_utilization: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginePlan:
+    """All that loading an engine needs to know. `backends` and `cache_groups` go by kind of attention layer."""
+
+    checkpoint: Checkpoint
+    shape: ModelShape
+    platform: Platform
+    settings: Negotiated
+    context: BuildContext
+    op_providers: dict[str, str]
+    backends: tuple[AttentionBackend, ...]
+    cache_groups: tuple[CacheGroup, ...]
+    info: EngineInfo
+
+    def build_model(self) -> torch.nn.Module:
+        """The model, its weights on the meta device, its attention layers numbered by group."""
+        model = registry.build_model(self.checkpoint.architecture, self.checkpoint.config, self.shape, self.context)
+        number_layers(model)
+        return model
+
+
+def plan(config: EngineConfig) -> EnginePlan:
+    """Settles everything about an engine, from the model's files alone.
+
+    Raises ModelError, PluginError, ConfigError or KVCacheMemoryError; each says what to do.
+    """
+    checkpoint = Checkpoint.open(config.model)
+    registry.check_supported(checkpoint.architecture)
+    shape = ModelShape.of(checkpoint.config)
+    record, device = plugins.choose(config.platform)
+    platform = plugins.create(record, device)
+    settings, reasons = negotiate(config, checkpoint, shape, platform)
+    ops, op_providers = choose_ops(
+        platform.name, platform.ops(), dtype=settings.dtype, overrides=config.platform.op_providers
+    )
+    # A model of one position tells its weights and layers, before anything as long as the context is made.
+    context = BuildContext(ops=ops, dtype=getattr(torch, settings.dtype), device=platform.torch_device, max_model_len=1)
+    model = registry.build_model(checkpoint.architecture, checkpoint.config, shape, context)
+    weights_bytes = sum(p.nbytes for p in model.parameters())
+    groups = number_layers(model)
+    reasons += _head_size_reasons(groups, platform.capabilities)
+    if reasons:
+        raise ConfigError(f"platform {platform.name!r} cannot run this model so: {'; '.join(reasons)}")
+    backends = tuple(
+        platform.attention(
+            settings.attention_backend,
+            AttentionShape(spec=spec, num_layers=n, block_size=settings.block_size, dtype=settings.dtype),
+        )
+        for spec, n in groups.items()
+    )
+    windows = [spec.sliding_window for spec in groups]
+    block_bytes = [backend.block_bytes() for backend in backends]
+    num_blocks = size_cache(config.cache, settings, platform, windows, block_bytes, weights_bytes)
+    return EnginePlan(
+        checkpoint=checkpoint,
+        shape=shape,
+        platform=platform,
+        settings=settings,
+        context=replace(context, max_model_len=settings.max_model_len),
+        op_providers=op_providers,
+        backends=backends,
+        cache_groups=tuple(
+            CacheGroup(num_blocks=n, sliding_window=window) for n, window in zip(num_blocks, windows, strict=True)
+        ),
+        info=EngineInfo(
+            model=config.model.served_model_name or config.model.model,
+            platform=platform.name,
+            device=f"{device.name} ({device.description})",
+            attention_backend=settings.attention_backend,
+            dtype=settings.dtype,
+            vocab_size=shape.vocab_size,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            block_size=settings.block_size,
+            num_blocks=max(num_blocks),
+            weights_bytes=weights_bytes,
+            kv_cache_bytes=sum(n * size for n, size in zip(num_blocks, block_bytes, strict=True)),
+        ),
+    )
+
+
+def number_layers(model: torch.nn.Module) -> dict[AttentionSpec, int]:
+    """Sorts the attention layers into groups of one kind, tells each its place, and returns the groups' sizes."""
+    sizes: dict[AttentionSpec, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, Attention):
+            layer.layer = sizes.setdefault(layer.spec, 0)
+            layer.group = list(sizes).index(layer.spec)
+            sizes[layer.spec] += 1
+    return sizes
+
+
+def negotiate(
+    config: EngineConfig, checkpoint: Checkpoint, shape: ModelShape, platform: Platform
+) -> tuple[Negotiated, list[str]]:
+    """Settles every open setting; returns with it all reasons why the platform cannot run them."""
+    capabilities, defaults = platform.capabilities, platform.defaults
+    reasons: list[str] = []
+    dtype = config.model.dtype
+    if dtype == "auto":
+        stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        dtype = stored if stored in capabilities.dtypes else defaults.dtype
+    if dtype not in capabilities.dtypes:
+        reasons.append(f"dtype {dtype} (it has {', '.join(capabilities.dtypes)})")
+    block_size = config.cache.block_size or defaults.block_size
+    if block_size not in capabilities.block_sizes:
+        reasons.append(f"block_size {block_size} (it has {', '.join(map(str, sorted(capabilities.block_sizes)))})")
+    max_model_len = config.model.max_model_len or shape.max_positions
+    if max_model_len > shape.max_positions:
+        reasons.append(f"max_model_len {max_model_len} (the model was made for {shape.max_positions})")
+    max_batched = config.scheduler.max_num_batched_tokens or defaults.max_num_batched_tokens
+    if capabilities.max_batched_tokens is not None and max_batched > capabilities.max_batched_tokens:
+        reasons.append(f"max_num_batched_tokens {max_batched} (at most {capabilities.max_batched_tokens})")
+    names = platform.attention_backends()
+    wanted = config.platform.attention_backend or names[0]
+    backend = next((name for name in names if name.lower() == wanted.lower()), None)
+    if backend is None:
+        reasons.append(f"attention_backend {wanted} (it has {', '.join(names)})")
+    settings = Negotiated(
+        dtype=dtype,
+        block_size=block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=max_batched,
+        attention_backend=backend or wanted,
+        device_memory_utilization=config.cache.device_memory_utilization or defaults.device_memory_utilization,
+    )
+    return settings, reasons
+
+
+def _head_size_reasons(groups: dict[AttentionSpec, int], capabilities: Capabilities) -> list[str]:
+    if not capabilities.head_sizes:
+        return []
+    has = ", ".join(map(str, capabilities.head_sizes))
+    missing = {spec.head_size for spec in groups} - set(capabilities.head_sizes)
+    return [f"head size {size} (it has {has})" for size in sorted(missing)]
+
+
+def size_cache(
+    config: CacheConfig,
+    settings: Negotiated,
+    platform: Platform,
+    windows: Seq[int | None],
+    block_bytes: Seq[int],
+    weights_bytes: int,
+) -> tuple[int, ...]:
+    """Number of KV blocks of each group: what was asked for, else what the memory share leaves.
+
+    The groups are sized so that all of them hold the same number of sequences of max_model_len, and no group gets more
+    than max_num_seqs of them can ever use. The weights are still to be loaded. Raises KVCacheMemoryError if not even
+    one sequence fits, or if more was asked for than the device has.
+    """
+    memory = platform.memory_info()
+    chunk = settings.max_num_batched_tokens
+    per_sequence = [blocks_per_sequence(w, settings.max_model_len, settings.block_size, chunk) for w in windows]
+    sequence_bytes = sum(n * size for n, size in zip(per_sequence, block_bytes, strict=True))
+    most = max(per_sequence)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif config.kv_cache_memory is not None:
+        num_blocks = config.kv_cache_memory * most // sequence_bytes
+    else:
+        share = int(memory.total_bytes * settings.device_memory_utilization) - weights_bytes
+        num_blocks = max(min(share, memory.free_bytes - weights_bytes), 0) * most // sequence_bytes
+        num_blocks = min(num_blocks, most * settings.max_num_seqs)
+    cache_mib = num_blocks * sequence_bytes / most / 2**20
+    if cache_mib > memory.total_bytes / 2**20:
+        raise KVCacheMemoryError(
+            f"{num_blocks} KV blocks need {cache_mib:.1f} MiB, but the device has "
+            f"{memory.total_bytes / 2**20:.1f} MiB in all; ask for a smaller KV cache"
+        )
+    if num_blocks < most:
+        remedy = "give the cache more memory (--device-memory-utilization, --kv-cache-memory)"
+        if num_blocks * settings.block_size >= 2:
+            remedy = f"set --max-model-len to at most {num_blocks * settings.block_size}, or {remedy}"
+        raise KVCacheMemoryError(
+            f"one sequence of max_model_len {settings.max_model_len} needs {most} KV blocks "
+            f"({sequence_bytes / 2**20:.1f} MiB), but there are {num_blocks} ({cache_mib:.1f} MiB); {remedy}"
+        )
+    return tuple(-(-num_blocks * n // most) for n in per_sequence)

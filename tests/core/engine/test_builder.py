@@ -1,0 +1,261 @@
+"""What a config, a checkpoint and a platform agree on, and how they say that they cannot."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fairlead.checkpoint import Checkpoint
+from fairlead.config import EngineConfig
+from fairlead.engine import builder
+from fairlead.errors import CheckpointError, ConfigError, KVCacheMemoryError
+from fairlead.interface import PLATFORM_API, Capabilities, Device, MemoryInfo, OpProvider, PlatformSpec
+from fairlead.models.config import ModelShape
+from fairlead.ops import reference
+from fairlead.plugins import PlatformRecord
+from fairlead.testing.tiny_model import write_tiny_llama
+from fairlead_cpu.platform import CpuPlatform
+
+DEVICE = Device(name="acme:0", description="a device that does not exist", memory_bytes=2**40)
+WEIGHTS_BYTES = 4 * (2 * 128 * 64 + 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64))
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # keys and values, layers, kv-heads, head size, float32
+
+
+class AcmePlatform(CpuPlatform):
+    """The CPU under another name, with chosen limits."""
+
+    name = "acme"
+
+    def __init__(self) -> None:
+        super().__init__(DEVICE)
+        self.memory = MemoryInfo(total_bytes=2**40, free_bytes=2**40)
+        self.providers: dict[str, tuple[OpProvider, ...]] = {}
+
+    def memory_info(self) -> MemoryInfo:
+        return self.memory
+
+    def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
+        return self.providers
+
+
+@pytest.fixture
+def platform(monkeypatch: pytest.MonkeyPatch) -> AcmePlatform:
+    """The platform that every build of the test runs on."""
+    platform = AcmePlatform()
+    spec = PlatformSpec(
+        name="acme", api_version=PLATFORM_API, priority=1, probe=lambda: (DEVICE,), create=lambda device: platform
+    )
+    record = PlatformRecord(
+        name="acme", distribution="acme", version="1", status="available", devices=(DEVICE,), spec=spec
+    )
+    monkeypatch.setattr(builder.plugins, "choose", lambda config: (record, DEVICE))
+    return platform
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_llama(tmp_path)
+
+
+def build(model: Path, **settings: Any) -> builder.BuiltEngine:
+    return builder.build(EngineConfig.of(model=str(model), **settings))
+
+
+def restrict(platform: CpuPlatform, **changes: Any) -> None:
+    platform.capabilities = dataclasses.replace(platform.capabilities, **changes)
+
+
+def test_settings_are_the_users_else_the_platforms_else_the_models(model: Path, platform: AcmePlatform) -> None:
+    found = build(model).settings
+    assert found == builder.Negotiated(
+        dtype="float32",
+        block_size=16,
+        max_model_len=512,
+        max_num_seqs=256,
+        max_num_batched_tokens=2048,
+        attention_backend="sdpa",
+        device_memory_utilization=0.5,
+    )
+    asked = {
+        "dtype": "bfloat16",
+        "block_size": 8,
+        "max_model_len": 100,
+        "max_num_seqs": 3,
+        "max_num_batched_tokens": 64,
+        "attention_backend": "Reference",
+        "device_memory_utilization": 0.25,
+    }
+    assert dataclasses.asdict(build(model, **asked).settings) == {**asked, "attention_backend": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "supported", "expected"),
+    [
+        ("bfloat16", ("bfloat16", "float32"), "bfloat16"),
+        ("float32", ("bfloat16", "float32"), "float32"),
+        ("float16", ("bfloat16", "float32"), "bfloat16"),  # the platform's choice
+    ],
+)
+def test_auto_is_the_stored_dtype_where_the_platform_has_it(
+    tmp_path: Path, platform: AcmePlatform, stored: str, supported: tuple[str, ...], expected: str
+) -> None:
+    write_tiny_llama(tmp_path, dtype=stored)
+    restrict(platform, dtypes=supported)
+    built = build(tmp_path, num_blocks=40)
+    assert built.settings.dtype == built.info.dtype == expected
+    assert all(str(p.dtype) == f"torch.{expected}" for p in built.runner.model.parameters())  # type: ignore[attr-defined]
+
+
+def test_info_is_what_was_built(model: Path, platform: AcmePlatform) -> None:
+    info = build(model, num_blocks=50, max_num_seqs=7).info
+    assert info.vocab_size == 128
+    assert (info.platform, info.device) == ("acme", "acme:0 (a device that does not exist)")
+    assert (info.num_blocks, info.block_size, info.max_num_seqs) == (50, 16, 7)
+    assert info.weights_bytes == WEIGHTS_BYTES
+    assert info.kv_cache_bytes == 50 * 16 * TOKEN_BYTES
+
+
+def test_all_reasons_come_at_once_and_nothing_is_allocated(model: Path, platform: AcmePlatform) -> None:
+    platform.capabilities = Capabilities(
+        dtypes=("float32",), block_sizes=(128, 16), head_sizes=(64, 128), max_batched_tokens=1024
+    )
+    with pytest.raises(ConfigError) as error:
+        build(model, dtype="bfloat16", block_size=32, max_model_len=513, attention_backend="flash")
+    assert str(error.value) == (
+        "platform 'acme' cannot run this model so: dtype bfloat16 (it has float32); block_size 32 (it has 16, 128); "
+        "head size 16 (it has 64, 128); max_model_len 513 (the model was made for 512); "
+        "max_num_batched_tokens 2048 (at most 1024); attention_backend flash (it has sdpa, reference)"
+    )
+    assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "reason"),
+    [
+        ({"dtype": "float16"}, {}, "dtype float16 (it has bfloat16, float32)"),
+        ({"block_size": 24}, {}, "block_size 24 (it has 1, 2, 4, 8, 16, 32, 64, 128)"),
+        ({}, {"head_sizes": (8, 32)}, "head size 16 (it has 8, 32)"),
+        ({"max_model_len": 1000}, {}, "max_model_len 1000 (the model was made for 512)"),
+        ({"max_num_batched_tokens": 65}, {"max_batched_tokens": 64}, "max_num_batched_tokens 65 (at most 64)"),
+        ({"attention_backend": "flash"}, {}, "attention_backend flash (it has sdpa, reference)"),
+    ],
+    ids=str,
+)
+def test_a_single_reason_stands_alone(
+    model: Path, platform: AcmePlatform, settings: dict[str, Any], changes: dict[str, Any], reason: str
+) -> None:
+    restrict(platform, **changes)
+    with pytest.raises(ConfigError, match=f"^platform 'acme' cannot run this model so: {re.escape(reason)}$"):
+        build(model, **settings)
+
+
+def test_no_config_is_changed(model: Path, platform: AcmePlatform) -> None:
+    config = EngineConfig.of(model=str(model), max_num_seqs=5, op_providers=["linear=reference"])
+    before = dataclasses.asdict(config)
+    checkpoint = Checkpoint.open(config.model)
+    stored = repr(checkpoint.config)
+    builder.negotiate(config, checkpoint, ModelShape.of(checkpoint.config), platform)
+    builder.build(config)
+    assert dataclasses.asdict(config) == before
+    assert repr(checkpoint.config) == stored
+
+
+def test_ops_are_chosen_once_by_config(model: Path, platform: AcmePlatform) -> None:
+    platform.providers = {"silu_and_mul": (OpProvider(name="fast", fn=reference.silu_and_mul),)}
+    assert build(model).op_providers["silu_and_mul"] == "fast"
+    assert build(model, op_providers=["silu_and_mul=reference"]).op_providers["silu_and_mul"] == "reference"
+    with pytest.raises(ConfigError, match="op 'linear' has no provider 'fast'; it has: reference"):
+        build(model, op_providers=["linear=fast"])
+
+
+def by_blocks(platform: AcmePlatform, num_tokens: int) -> dict[str, Any]:
+    return {"num_blocks": num_tokens // 16}
+
+
+def by_bytes(platform: AcmePlatform, num_tokens: int) -> dict[str, Any]:
+    return {"kv_cache_memory": num_tokens * TOKEN_BYTES + 1}
+
+
+def by_share(platform: AcmePlatform, num_tokens: int) -> dict[str, Any]:
+    total = 4 * (WEIGHTS_BYTES + num_tokens * TOKEN_BYTES)
+    platform.memory = MemoryInfo(total_bytes=total, free_bytes=total)
+    return {"device_memory_utilization": 0.25}
+
+
+def by_free_memory(platform: AcmePlatform, num_tokens: int) -> dict[str, Any]:
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=WEIGHTS_BYTES + num_tokens * TOKEN_BYTES + 100)
+    return {}
+
+
+@pytest.mark.parametrize("limit", [by_blocks, by_bytes, by_share, by_free_memory])
+def test_too_little_memory_names_a_length_that_fits(
+    model: Path, platform: AcmePlatform, limit: Callable[[AcmePlatform, int], dict[str, Any]]
+) -> None:
+    settings = limit(platform, 10 * 16)
+    with pytest.raises(KVCacheMemoryError) as error:
+        build(model, **settings)
+    message = str(error.value)
+    assert "max_model_len 512 needs 32 KV blocks (0.2 MiB), but there are 10 (0.1 MiB)" in message
+    assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
+    found = re.search(r"--max-model-len to at most (\d+)", message)
+    assert found is not None
+    largest = int(found[1])
+    assert largest == 160
+    built = build(model, max_model_len=largest, **settings)
+    assert built.info.num_blocks >= 10
+    with pytest.raises(KVCacheMemoryError):
+        build(model, max_model_len=largest + 1, **settings)
+
+
+@pytest.mark.parametrize("free", [0, 1000, WEIGHTS_BYTES, WEIGHTS_BYTES + 16 * TOKEN_BYTES - 1])
+def test_no_memory_for_a_single_block(model: Path, platform: AcmePlatform, free: int) -> None:
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=free)
+    with pytest.raises(KVCacheMemoryError, match=r"there are 0 \(0\.0 MiB\); give the cache more memory"):
+        build(model)
+
+
+def test_the_cache_is_no_larger_than_can_be_used(model: Path, platform: AcmePlatform) -> None:
+    assert build(model, max_num_seqs=4).info.num_blocks == 4 * 32
+    assert build(model, max_num_seqs=4, max_model_len=17).info.num_blocks == 4 * 2
+
+
+@pytest.mark.parametrize("settings", [{"num_blocks": 10**15}, {"kv_cache_memory": 2**50}], ids=str)
+def test_more_than_the_device_has(model: Path, platform: AcmePlatform, settings: dict[str, Any]) -> None:
+    with pytest.raises(KVCacheMemoryError, match=r"KV blocks need .* MiB, but the device has 1048576\.0 MiB in all"):
+        build(model, **settings)
+    assert platform.allocator.allocated_bytes("weights") == 0
+
+
+def test_an_endless_context_is_refused_before_its_tables_are_made(tmp_path: Path, platform: AcmePlatform) -> None:
+    write_tiny_llama(tmp_path, max_position_embeddings=2**24)
+    platform.memory = MemoryInfo(total_bytes=2**30, free_bytes=2**30)
+    with pytest.raises(KVCacheMemoryError, match="max_model_len 16777216 needs"):
+        build(tmp_path)
+
+
+def test_dummy_weights_need_no_files(model: Path, platform: AcmePlatform) -> None:
+    (model / "model.safetensors").unlink()
+    built = build(model, load_format="dummy", num_blocks=40)
+    assert built.info.weights_bytes == WEIGHTS_BYTES
+    assert all(p.isfinite().all() for p in built.runner.model.parameters())  # type: ignore[attr-defined]
+
+
+def test_memory_comes_back_when_an_engine_goes(model: Path, platform: AcmePlatform) -> None:
+    built = build(model, num_blocks=40)
+    assert platform.allocator.allocated_bytes("weights") == WEIGHTS_BYTES
+    assert platform.allocator.allocated_bytes("kv_cache") == 40 * 16 * TOKEN_BYTES
+    del built
+    assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
+
+
+def test_a_broken_checkpoint_is_found_before_memory_is_allocated(model: Path, platform: AcmePlatform) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="is truncated"):
+        build(model)
+    assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
+    assert isinstance(platform.torch_device, torch.device)
