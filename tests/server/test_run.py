@@ -1,8 +1,8 @@
 """`fairlead run` on the embedded model: a prompt, a pipe, a chat at a terminal."""
 
 import os
-import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -92,45 +92,56 @@ def test_a_reader_that_leaves_is_no_fault(offline: dict[str, str]) -> None:
     assert err == b""
 
 
+# Opening a terminal makes it the controlling one of a new session, so that its Ctrl-C reaches the process.
+IN_TERMINAL = "import os, sys; os.close(os.open(sys.argv[1], os.O_RDWR)); os.execv(sys.executable, sys.argv[2:])"
+
+
 class Terminal:
     """A chat in a pseudo-terminal."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.execve(sys.executable, [*COMMAND, "--max-tokens", "200", "--seed", "1"], environment)
+        self._fd, terminal = os.openpty()
+        arguments = [*COMMAND, "--max-tokens", "200", "--seed", "1"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_TERMINAL, os.ttyname(terminal), *arguments],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+            env=environment,
+        )
+        os.close(terminal)
         self.seen = ""
 
     def wait_for(self, pattern: str) -> str:
         """Reads until the pattern appears; returns what came, and forgets it."""
         while not re.search(pattern, self.seen):
-            self.seen += os.read(self._fd, 4096).decode()
+            self.seen += os.read(self._fd, 4096).decode(errors="replace")
         text, self.seen = self.seen, ""
         return text
 
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def close(self) -> int:
-        """Reads to the end; returns the exit status."""
-        try:
-            while os.read(self._fd, 4096):
-                pass
-        except OSError:  # how a pseudo-terminal says that its other end is closed
-            pass
+    def interrupt_until(self, pattern: str) -> None:
+        """Presses Ctrl-C, again after a second: input() misses one that comes just as it begins to wait."""
+        while not re.search(pattern, self.seen):
+            self.type("\x03")
+            while not re.search(pattern, self.seen) and select.select([self._fd], [], [], 1)[0]:
+                self.seen += os.read(self._fd, 4096).decode(errors="replace")
+        self.wait_for(pattern)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
         os.close(self._fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 @pytest.fixture
 def terminal(offline: dict[str, str]) -> Iterator[Terminal]:
     made = Terminal(offline)
     yield made
-    try:
-        os.kill(made.pid, signal.SIGKILL)
-        os.waitpid(made.pid, 0)
-    except (ProcessLookupError, ChildProcessError):  # it has ended, as it should
-        return
+    made.close()
 
 
 class FakeLLM:
@@ -183,7 +194,6 @@ def test_a_chat(terminal: Terminal) -> None:
     terminal.wait_for(">>> $")
     terminal.type("/nonsense\n")
     assert "/bye" in terminal.wait_for(">>> $")
-    terminal.type("\x03")
-    assert "Ctrl-D leaves" in terminal.wait_for(">>> $")
+    terminal.interrupt_until("Ctrl-D leaves[^>]*>>> $")
     terminal.type("\x04")
-    assert terminal.close() == 0
+    assert terminal.process.wait(20) == 0
