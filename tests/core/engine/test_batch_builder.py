@@ -16,7 +16,7 @@ def chunk(token_ids: Sequence[int], start: int, table: Sequence[int], seed: int 
         seq_id=0,
         token_ids=tuple(token_ids),
         start=start,
-        block_table=tuple(table),
+        block_tables=((0, tuple(table)),),
         params=SamplingParams(),
         sample_seed=seed,
         position=start + len(token_ids),
@@ -31,19 +31,21 @@ def check(chunks: list[ScheduledChunk], block_size: int) -> None:
             position = c.start + offset
             token_ids.append(token_id)
             positions.append(position)
-            slots.append(c.block_table[position // block_size] * block_size + position % block_size)
+            slots.append(c.block_tables[0][1][position // block_size] * block_size + position % block_size)
         if c.sample_seed is not None:
             sample_rows.append(len(token_ids) - 1)
     assert found.token_ids_T.tolist() == token_ids
     assert found.positions_T.tolist() == positions
     assert found.sample_rows_R.tolist() == sample_rows
     assert all(t.dtype == torch.int64 for t in (found.token_ids_T, found.positions_T, found.sample_rows_R))
-    metadata = found.attention
+    (metadata,) = found.attention
     assert metadata.slot_mapping_T.tolist() == slots
     assert metadata.query_lens_S.tolist() == [len(c.token_ids) for c in chunks]
     assert metadata.seq_lens_S.tolist() == [c.start + len(c.token_ids) for c in chunks]
-    width = max(len(c.block_table) for c in chunks)
-    assert metadata.block_tables_SB.tolist() == [[*c.block_table, *[0] * (width - len(c.block_table))] for c in chunks]
+    width = max(len(c.block_tables[0][1]) for c in chunks)
+    assert metadata.block_tables_SB.tolist() == [
+        [*c.block_tables[0][1], *[0] * (width - len(c.block_tables[0][1]))] for c in chunks
+    ]
     arrays = (metadata.query_lens_S, metadata.seq_lens_S, metadata.block_tables_SB, metadata.slot_mapping_T)
     assert all(a.dtype == np.int32 for a in arrays)
 

@@ -89,7 +89,7 @@ class FaultError(Exception):
 
 def fail_at(engine: EngineCore, method: str, call: int, error: BaseException) -> Callable[[], None]:
     """Makes the k-th call of a method of the attention backend raise; returns what undoes it."""
-    backend = engine._runner.backend
+    backend = engine._runner.backends[0]
     original = getattr(backend, method)
     calls = iter(range(1, 10**9))
 
@@ -180,7 +180,7 @@ def test_stale_blocks_never_reach_an_output(model: Path) -> None:
     """N6: with every slot that holds no token of a live sequence full of NaN, outputs are the same."""
     clean = generate(make_engine(model), prompts(5))
     engine = make_engine(model)
-    for cache in engine._runner.kv_caches:
+    for cache in engine._runner.kv_caches[0]:
         for field in dataclasses.fields(cache):  # type: ignore[arg-type]
             getattr(cache, field.name).fill_(torch.nan)
     assert generate(engine, prompts(5)) == clean

@@ -11,7 +11,7 @@ import torch
 
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig
-from fairlead.engine import builder
+from fairlead.engine import builder, planner
 from fairlead.errors import CheckpointError, ConfigError, KVCacheMemoryError
 from fairlead.interface import PLATFORM_API, Capabilities, Device, MemoryInfo, OpProvider, PlatformSpec
 from fairlead.models.config import ModelShape
@@ -52,7 +52,7 @@ def platform(monkeypatch: pytest.MonkeyPatch) -> AcmePlatform:
     record = PlatformRecord(
         name="acme", distribution="acme", version="1", status="available", devices=(DEVICE,), spec=spec
     )
-    monkeypatch.setattr(builder.plugins, "choose", lambda config: (record, DEVICE))
+    monkeypatch.setattr(planner.plugins, "choose", lambda config: (record, DEVICE))
     return platform
 
 
@@ -70,8 +70,8 @@ def restrict(platform: CpuPlatform, **changes: Any) -> None:
 
 
 def test_settings_are_the_users_else_the_platforms_else_the_models(model: Path, platform: AcmePlatform) -> None:
-    found = build(model).settings
-    assert found == builder.Negotiated(
+    found = build(model).plan.settings
+    assert found == planner.Negotiated(
         dtype="float32",
         block_size=16,
         max_model_len=512,
@@ -89,7 +89,7 @@ def test_settings_are_the_users_else_the_platforms_else_the_models(model: Path, 
         "attention_backend": "Reference",
         "device_memory_utilization": 0.25,
     }
-    assert dataclasses.asdict(build(model, **asked).settings) == {**asked, "attention_backend": "reference"}
+    assert dataclasses.asdict(build(model, **asked).plan.settings) == {**asked, "attention_backend": "reference"}
 
 
 @pytest.mark.parametrize(
@@ -106,12 +106,12 @@ def test_auto_is_the_stored_dtype_where_the_platform_has_it(
     write_tiny_llama(tmp_path, dtype=stored)
     restrict(platform, dtypes=supported)
     built = build(tmp_path, num_blocks=40)
-    assert built.settings.dtype == built.info.dtype == expected
+    assert built.plan.settings.dtype == built.plan.info.dtype == expected
     assert all(str(p.dtype) == f"torch.{expected}" for p in built.runner.model.parameters())  # type: ignore[attr-defined]
 
 
 def test_info_is_what_was_built(model: Path, platform: AcmePlatform) -> None:
-    info = build(model, num_blocks=50, max_num_seqs=7).info
+    info = build(model, num_blocks=50, max_num_seqs=7).plan.info
     assert info.vocab_size == 128
     assert (info.platform, info.device) == ("acme", "acme:0 (a device that does not exist)")
     assert (info.num_blocks, info.block_size, info.max_num_seqs) == (50, 16, 7)
@@ -127,8 +127,8 @@ def test_all_reasons_come_at_once_and_nothing_is_allocated(model: Path, platform
         build(model, dtype="bfloat16", block_size=32, max_model_len=513, attention_backend="flash")
     assert str(error.value) == (
         "platform 'acme' cannot run this model so: dtype bfloat16 (it has float32); block_size 32 (it has 16, 128); "
-        "head size 16 (it has 64, 128); max_model_len 513 (the model was made for 512); "
-        "max_num_batched_tokens 2048 (at most 1024); attention_backend flash (it has sdpa, reference)"
+        "max_model_len 513 (the model was made for 512); max_num_batched_tokens 2048 (at most 1024); "
+        "attention_backend flash (it has sdpa, reference); head size 16 (it has 64, 128)"
     )
     assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
 
@@ -158,7 +158,7 @@ def test_no_config_is_changed(model: Path, platform: AcmePlatform) -> None:
     before = dataclasses.asdict(config)
     checkpoint = Checkpoint.open(config.model)
     stored = repr(checkpoint.config)
-    builder.negotiate(config, checkpoint, ModelShape.of(checkpoint.config), platform)
+    planner.negotiate(config, checkpoint, ModelShape.of(checkpoint.config), platform)
     builder.build(config)
     assert dataclasses.asdict(config) == before
     assert repr(checkpoint.config) == stored
@@ -166,8 +166,8 @@ def test_no_config_is_changed(model: Path, platform: AcmePlatform) -> None:
 
 def test_ops_are_chosen_once_by_config(model: Path, platform: AcmePlatform) -> None:
     platform.providers = {"silu_and_mul": (OpProvider(name="fast", fn=reference.silu_and_mul),)}
-    assert build(model).op_providers["silu_and_mul"] == "fast"
-    assert build(model, op_providers=["silu_and_mul=reference"]).op_providers["silu_and_mul"] == "reference"
+    assert build(model).plan.op_providers["silu_and_mul"] == "fast"
+    assert build(model, op_providers=["silu_and_mul=reference"]).plan.op_providers["silu_and_mul"] == "reference"
     with pytest.raises(ConfigError, match="op 'linear' has no provider 'fast'; it has: reference"):
         build(model, op_providers=["linear=fast"])
 
@@ -206,7 +206,7 @@ def test_too_little_memory_names_a_length_that_fits(
     largest = int(found[1])
     assert largest == 160
     built = build(model, max_model_len=largest, **settings)
-    assert built.info.num_blocks >= 10
+    assert built.plan.info.num_blocks >= 10
     with pytest.raises(KVCacheMemoryError):
         build(model, max_model_len=largest + 1, **settings)
 
@@ -219,8 +219,8 @@ def test_no_memory_for_a_single_block(model: Path, platform: AcmePlatform, free:
 
 
 def test_the_cache_is_no_larger_than_can_be_used(model: Path, platform: AcmePlatform) -> None:
-    assert build(model, max_num_seqs=4).info.num_blocks == 4 * 32
-    assert build(model, max_num_seqs=4, max_model_len=17).info.num_blocks == 4 * 2
+    assert build(model, max_num_seqs=4).plan.info.num_blocks == 4 * 32
+    assert build(model, max_num_seqs=4, max_model_len=17).plan.info.num_blocks == 4 * 2
 
 
 @pytest.mark.parametrize("settings", [{"num_blocks": 10**15}, {"kv_cache_memory": 2**50}], ids=str)
@@ -240,7 +240,7 @@ def test_an_endless_context_is_refused_before_its_tables_are_made(tmp_path: Path
 def test_dummy_weights_need_no_files(model: Path, platform: AcmePlatform) -> None:
     (model / "model.safetensors").unlink()
     built = build(model, load_format="dummy", num_blocks=40)
-    assert built.info.weights_bytes == WEIGHTS_BYTES
+    assert built.plan.info.weights_bytes == WEIGHTS_BYTES
     assert all(p.isfinite().all() for p in built.runner.model.parameters())  # type: ignore[attr-defined]
 
 
