@@ -151,10 +151,10 @@ class BlockManager:
         seq.num_computed_tokens = 0
 
     def unpublish(self, seq: Sequence) -> None:
-        """Forgets the cached blocks of a sequence: what they hold is not to be trusted."""
-        for pool, table in zip(self.pools, seq.block_tables, strict=True):
-            for block in table.blocks:
-                pool.cache.forget(block)
+        """Forgets the cached prefix of a sequence, blocks that left its windows included: it is not to be trusted."""
+        for pool in self.pools:
+            for its_hash in seq.block_hashes:
+                pool.forget(its_hash)
 
     def reset_cache(self) -> None:
         """Forgets all cached prefixes; sequences keep the blocks that they hold."""
