@@ -1,10 +1,10 @@
 """The numbers of a config.json that the engine itself needs. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairlead.errors import CheckpointError
+from fairlead.errors import CheckpointError, UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +45,36 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
     return value
+
+
+def optional_positive_int(config: Mapping[str, Any], key: str) -> int | None:
+    """config[key], or None where the key is missing or null; raises CheckpointError if it is no int > 0."""
+    return None if config.get(key) is None else positive_int(config, key)
+
+
+def layer_windows(
+    config: Mapping[str, Any], num_layers: int, is_sliding: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """The sliding window of each layer, or None where it sees all: by layer_types, else by `is_sliding`.
+
+    Raises CheckpointError or UnsupportedModelError naming the key.
+    """
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if is_sliding(i) else "full_attention" for i in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise CheckpointError(f"config.json: layer_types must be a list of {num_layers} names, got {kinds!r}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(
+                f"layer_types {kind!r} is not supported; supported: full_attention, sliding_attention"
+            )
+    return tuple(positive_int(config, "sliding_window") if k == "sliding_attention" else None for k in kinds)
+
+
+def refuse(config: Mapping[str, Any], key: str, *served: object) -> None:
+    """Raises UnsupportedModelError if config[key] is given and none of the values that are served."""
+    value = config.get(key)
+    if value is not None and value not in served:
+        instead = ", ".join(map(repr, served)) or "leaving it out"
+        raise UnsupportedModelError(f"config.json: {key} {value!r} is not supported here; supported: {instead}")

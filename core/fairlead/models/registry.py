@@ -1,7 +1,7 @@
 """Which class runs which architecture."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from fairlead.models.config import ModelShape
 
 _ARCHITECTURES = {
     "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "fairlead.models.mistral:MistralForCausalLM",
 }
 
 
@@ -35,9 +36,20 @@ def check_supported(architecture: str) -> None:
         )
 
 
-def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
-    """Makes the model, its weights on the meta device."""
+def complete_config(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the family's defaults where it leaves something out; UnsupportedModelError as above."""
     check_supported(architecture)
+    return {**getattr(_model_class(architecture), "defaults", {}), **config}
+
+
+def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
+    """Makes the model of a completed config, its weights on the meta device."""
+    check_supported(architecture)
+    return _model_class(architecture)(config, shape, ctx)
+
+
+def _model_class(architecture: str) -> Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]:
     module, name = _ARCHITECTURES[architecture].split(":")
-    model: torch.nn.Module = getattr(importlib.import_module(module), name)(config, shape, ctx)
-    return model
+    found: Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]
+    found = getattr(importlib.import_module(module), name)
+    return found

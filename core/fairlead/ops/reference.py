@@ -39,6 +39,13 @@ def fused_add_rms_norm(
     return rms_norm(total, weight_E, eps), total
 
 
+def gemma_rms_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x², over E) + eps) * (1 + weight), all in float32, rounded to x's dtype at the end."""
+    x32 = x_NE.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight_E.float())).to(x_NE.dtype)
+
+
 def layer_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, eps: float) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over E. Source: Ba et al., "Layer Normalization" (2016)."""
     return functional.layer_norm(x_NE, (x_NE.shape[-1],), weight_E, bias_E, eps)

@@ -1,0 +1,138 @@
+"""N1 for every family that shares Llama's frame: logits and greedy tokens equal transformers', in float32.
+
+Each case is a tiny random checkpoint, made with transformers' own configuration class and written by save_pretrained.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from fairlead import LLM, SamplingParams
+from fairlead.testing.equality import MAX_PROMPT, Reference, logits_of, prompts_for, redraw
+
+BLOCK_SIZE = 16
+WINDOW = 24
+QUERY_WEIGHTS = ("q_proj.weight", "q_b_proj.weight", "qkv_proj.weight")
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tiny checkpoint: `config` is transformers' class, `settings` what differs from SMALL.
+
+    `is_windowed` says that a wider window must change the output; `draw` goes to `redraw`.
+    """
+
+    config: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    is_windowed: bool = False
+    draw: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "mistral": Case(config="MistralConfig", settings={"sliding_window": WINDOW}, is_windowed=True),
+    "mistral-full": Case(config="MistralConfig", settings={"sliding_window": None, "head_dim": 24}),
+}
+
+MODES: dict[str, dict[str, Any]] = {
+    "at once": {"enable_prefix_caching": False},
+    "chunks and prefix hits": {"max_num_batched_tokens": 40, "enable_prefix_caching": True},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    case = CASES[request.param]
+    config = getattr(transformers, case.config)(**{**SMALL, **case.settings})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    redraw(model, seed=1, **case.draw)
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory)
+    found = Reference(name=request.param, directory=directory, model=model)
+    yield found
+    found.report()
+
+
+def build(reference: Reference, num_new: int, **settings: Any) -> LLM:
+    longest = min(MAX_PROMPT + num_new, reference.model.config.max_position_embeddings)
+    return LLM(
+        str(reference.directory),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        block_size=BLOCK_SIZE,
+        max_model_len=longest,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_equals_transformers(reference: Reference, mode: str, count: Callable[..., int]) -> None:
+    num_new, num_prompts = count(24, full=64), count(8, full=32)
+    prompts = prompts_for(reference.model.config.vocab_size, num_prompts)
+    llm = build(reference, num_new, **MODES[mode])
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    if MODES[mode]["enable_prefix_caching"]:
+        again = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        assert sum(o.num_cached_tokens for o in again) > 0
+        outputs += again
+    for output in outputs:
+        assert len(output.outputs[0].token_ids) == num_new
+        reference.check(output)
+    distinct = [len(set(o.outputs[0].token_ids)) / num_new for o in outputs]
+    assert np.mean(distinct) >= 0.5
+    assert llm.engine.stats().kv_cache_usage == 0
+    llm.engine.scheduler.check_integrity()
+    llm.close()
+
+
+def test_logits_equal_transformers(reference: Reference) -> None:
+    (prompt,) = prompts_for(reference.model.config.vocab_size, 1)
+    llm = build(reference, 1, enable_prefix_caching=False, max_num_batched_tokens=MAX_PROMPT)
+    torch.testing.assert_close(logits_of(llm, prompt), reference.logits(prompt), atol=1e-4, rtol=0)
+    llm.close()
+
+
+def test_a_wrong_position_window_or_head_would_show(reference: Reference) -> None:
+    """The checkpoints are drawn so that the comparisons above mean something."""
+    (prompt,) = prompts_for(reference.model.config.vocab_size, 1)
+    model, case = reference.model, CASES[reference.name]
+    right = reference.logits(prompt).argmax(-1)
+
+    moved = torch.arange(len(prompt))[None].clone()
+    moved[0, 100:] += 1
+    assert (reference.logits(prompt, position_ids=moved).argmax(-1) != right).any()
+
+    if case.is_windowed:
+        model.config.sliding_window += 8
+        wider = reference.logits(prompt).argmax(-1)
+        model.config.sliding_window -= 8
+        assert (wider != right).any()
+
+    name = next(n for n, _ in model.named_parameters() if n.endswith(QUERY_WEIGHTS))
+    weight, heads = model.get_parameter(name), model.config.num_attention_heads
+    if "qkv" in name:
+        heads += 2 * model.config.num_key_value_heads
+    kept, size = weight.detach().clone(), weight.shape[0] // heads
+    with torch.no_grad():
+        weight[:size], weight[size : 2 * size] = kept[size : 2 * size], kept[:size]
+        changed = reference.logits(prompt).argmax(-1)
+        weight.copy_(kept)
+    assert (changed != right).any()
