@@ -65,7 +65,7 @@ class LlamaForCausalLM(torch.nn.Module):
         E = self.shape.hidden_size
         return PreNormLayer(self.attention(index), self.mlp(index), (self.norm(E), self.norm(E)))
 
-    def attention(self, index: int) -> torch.nn.Module:
+    def attention(self, index: int) -> SelfAttention:
         return SelfAttention(self.shape, self.attention_options(index), self.ctx)
 
     def attention_options(self, index: int) -> AttentionOptions:

@@ -11,8 +11,18 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.models.config import ModelShape
 
 _ARCHITECTURES = {
+    "Gemma2ForCausalLM": "fairlead.models.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "fairlead.models.gemma3:Gemma3ForCausalLM",
+    "GemmaForCausalLM": "fairlead.models.gemma:GemmaForCausalLM",
     "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "fairlead.models.mistral:MistralForCausalLM",
+    "Olmo2ForCausalLM": "fairlead.models.olmo:Olmo2ForCausalLM",
+    "OlmoForCausalLM": "fairlead.models.olmo:OlmoForCausalLM",
+    "Phi3ForCausalLM": "fairlead.models.phi3:Phi3ForCausalLM",
+    "Qwen2ForCausalLM": "fairlead.models.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "fairlead.models.qwen3:Qwen3ForCausalLM",
+    "SmolLM3ForCausalLM": "fairlead.models.smollm3:SmolLM3ForCausalLM",
+    "StableLmForCausalLM": "fairlead.models.stablelm:StableLmForCausalLM",
 }
 
 

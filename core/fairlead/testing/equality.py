@@ -108,13 +108,13 @@ def _drawn(name: str, noise: torch.Tensor, norms_less_one: bool, embedding_scale
     if leaf == "e_score_correction_bias":
         return noise * 0.1
     if leaf == "bias":
-        return noise * 0.5
+        return noise * (0.1 if "norm" in layer else 0.5)
     if layer in ("embed_tokens", "lm_head"):
         # Rows of equal length: else the longest ones win almost every step.
         rows = functional.normalize(noise, dim=1) * (math.sqrt(noise.shape[1]) / 2)
         return rows / (embedding_scale if layer == "embed_tokens" else 1.0)
     if noise.dim() == 1:
-        mean = 3.0 if layer == "q_norm" else 1.0
+        mean = 4.0 if "q_norm" in name or "q_layernorm" in name else 1.0
         # The final norm has both signs: else a tied head, whose rows are the embeddings, repeats the last token.
         weight = noise.sign() if name == "model.norm.weight" else mean + 0.2 * noise
         return weight - 1.0 if norms_less_one else weight

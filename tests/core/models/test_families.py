@@ -3,6 +3,7 @@
 Each case is a tiny random checkpoint, made with transformers' own configuration class and written by save_pretrained.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ WINDOW = 24
 QUERY_WEIGHTS = ("q_proj.weight", "q_b_proj.weight", "qkv_proj.weight")
 
 SMALL = {
-    "vocab_size": 128,
+    "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -37,18 +38,139 @@ SMALL = {
 class Case:
     """A tiny checkpoint: `config` is transformers' class, `settings` what differs from SMALL.
 
-    `is_windowed` says that a wider window must change the output; `draw` goes to `redraw`.
+    `is_windowed` says that a wider window must change the output; `draw` goes to `redraw`. `rewrite` turns the
+    config.json that transformers writes into the one of the hub: a value, or None to drop the key.
+    `short_factor` replaces that of the reference, which would choose by the length of each sequence.
     """
 
     config: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     is_windowed: bool = False
     draw: Mapping[str, Any] = field(default_factory=dict)
+    rewrite: Mapping[str, Any] = field(default_factory=dict)
+    short_factor: list[float] | None = None
 
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 500.0, **settings}
+
+
+SHORT_FACTOR, LONG_FACTOR = [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+PHI3_ROPE = rope("longrope", short_factor=SHORT_FACTOR, long_factor=LONG_FACTOR, partial_rotary_factor=0.75)
+GEMMA_DRAW = {"norms_less_one": True, "embedding_scale": 8.0}
 
 CASES = {
     "mistral": Case(config="MistralConfig", settings={"sliding_window": WINDOW}, is_windowed=True),
     "mistral-full": Case(config="MistralConfig", settings={"sliding_window": None, "head_dim": 24}),
+    "qwen2": Case(config="Qwen2Config", settings={"tie_word_embeddings": True}),
+    "qwen2-window": Case(
+        config="Qwen2Config",
+        settings={"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        rewrite={"layer_types": None},
+        is_windowed=True,
+    ),
+    "qwen2-yarn": Case(
+        config="Qwen2Config",
+        settings={"rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=64)},
+        rewrite={
+            "rope_parameters": None,
+            "rope_theta": 500.0,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    ),
+    "qwen2-dynamic": Case(config="Qwen2Config", settings={"rope_parameters": rope("dynamic", factor=4.0)}),
+    "qwen2-linear": Case(config="Qwen2Config", settings={"rope_parameters": rope("linear", factor=4.0)}),
+    "qwen3": Case(config="Qwen3Config", settings={"head_dim": 24, "attention_bias": True}),
+    "qwen3-window": Case(
+        config="Qwen3Config",
+        settings={
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        is_windowed=True,
+    ),
+    "phi3": Case(config="Phi3Config", settings={"sliding_window": WINDOW}, is_windowed=True),
+    "phi3-longrope-short": Case(
+        config="Phi3Config", settings={"rope_parameters": PHI3_ROPE, "original_max_position_embeddings": 400}
+    ),
+    "phi3-longrope-long": Case(
+        config="Phi3Config",
+        settings={"rope_parameters": PHI3_ROPE, "original_max_position_embeddings": 64},
+        rewrite={
+            "rope_parameters": None,
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "su", "short_factor": SHORT_FACTOR, "long_factor": LONG_FACTOR},
+        },
+        short_factor=LONG_FACTOR,
+    ),
+    "gemma": Case(
+        config="GemmaConfig",
+        settings={"head_dim": 24},
+        draw=GEMMA_DRAW,
+        rewrite={"hidden_act": "gelu", "tie_word_embeddings": None},
+    ),
+    "gemma2": Case(
+        config="Gemma2Config",
+        settings={
+            "head_dim": 24,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 1.0,
+        },
+        draw=GEMMA_DRAW,
+        rewrite={"layer_types": None, "tie_word_embeddings": None},
+        is_windowed=True,
+    ),
+    "gemma3": Case(
+        config="Gemma3TextConfig",
+        settings={
+            "num_hidden_layers": 3,
+            "head_dim": 24,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {"sliding_attention": rope("default"), "full_attention": rope("linear", factor=8.0)},
+        },
+        draw=GEMMA_DRAW,
+        is_windowed=True,
+    ),
+    "gemma3-hub": Case(
+        config="Gemma3TextConfig",
+        settings={"head_dim": 24, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+        draw=GEMMA_DRAW,
+        rewrite={
+            "layer_types": None,
+            "rope_parameters": None,
+            "sliding_window_pattern": 2,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "rope_scaling": None,
+        },
+        is_windowed=True,
+    ),
+    "olmo": Case(config="OlmoConfig", settings={"clip_qkv": 2.0}),
+    "olmo2": Case(config="Olmo2Config"),
+    "stablelm": Case(config="StableLmConfig", settings={"use_qkv_bias": True}),
+    "stablelm-parallel": Case(
+        config="StableLmConfig",
+        settings={"use_parallel_residual": True, "qk_layernorm": True},
+        rewrite={"rope_parameters": None, "rope_theta": 10000, "partial_rotary_factor": 0.25},
+    ),
+    "smollm3": Case(
+        config="SmolLM3Config",
+        settings={"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3},
+        rewrite={"layer_types": None},
+    ),
+    "smollm3-window": Case(
+        config="SmolLM3Config",
+        settings={"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+        rewrite={"layer_types": None, "no_rope_layers": None},
+        is_windowed=True,
+    ),
 }
 
 MODES: dict[str, dict[str, Any]] = {
@@ -65,6 +187,12 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     redraw(model, seed=1, **case.draw)
     directory = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(directory)
+    path = directory / "config.json"
+    written = {**json.loads(path.read_text()), **case.rewrite}
+    path.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+    if case.short_factor is not None:
+        model.config.rope_parameters["short_factor"] = case.short_factor
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     found = Reference(name=request.param, directory=directory, model=model)
     yield found
     found.report()
