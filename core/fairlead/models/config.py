@@ -47,6 +47,14 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
     return value
 
 
+def at_most(config: Mapping[str, Any], key: str, limit: int, default: int | None = None) -> int:
+    """A positive int of at most `limit`; raises CheckpointError."""
+    value = positive_int(config, key, default)
+    if value > limit:
+        raise CheckpointError(f"config.json: {key} must be at most {limit}, got {value}")
+    return value
+
+
 def optional_positive_int(config: Mapping[str, Any], key: str) -> int | None:
     """config[key], or None where the key is missing or null; raises CheckpointError if it is no int > 0."""
     return None if config.get(key) is None else positive_int(config, key)

@@ -83,9 +83,9 @@ class LlamaForCausalLM(torch.nn.Module):
         bias = bool(self.config.get("mlp_bias", False))
         return GatedMLP(self.shape.hidden_size, F, activation, self.ctx, bias=bias)
 
-    def rotary(self, params: Mapping[str, Any]) -> Rotary:
+    def rotary(self, params: Mapping[str, Any], head_size: int | None = None) -> Rotary:
         """The table of these settings: layers of equal ones share it."""
         key = repr(sorted(params.items()))
         if key not in self._rotaries:
-            self._rotaries[key] = Rotary(self.shape.head_size, params, self.ctx)
+            self._rotaries[key] = Rotary(head_size or self.shape.head_size, params, self.ctx)
         return self._rotaries[key]

@@ -8,7 +8,7 @@ import torch
 
 from fairlead.errors import UnsupportedModelError
 from fairlead.layers.context import BuildContext, Step
-from fairlead.models.config import ModelShape
+from fairlead.models.config import ModelShape, refuse
 
 _ARCHITECTURES = {
     "Gemma2ForCausalLM": "fairlead.models.gemma2:Gemma2ForCausalLM",
@@ -16,11 +16,14 @@ _ARCHITECTURES = {
     "GemmaForCausalLM": "fairlead.models.gemma:GemmaForCausalLM",
     "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "fairlead.models.mistral:MistralForCausalLM",
+    "MixtralForCausalLM": "fairlead.models.mixtral:MixtralForCausalLM",
     "Olmo2ForCausalLM": "fairlead.models.olmo:Olmo2ForCausalLM",
     "OlmoForCausalLM": "fairlead.models.olmo:OlmoForCausalLM",
     "Phi3ForCausalLM": "fairlead.models.phi3:Phi3ForCausalLM",
     "Qwen2ForCausalLM": "fairlead.models.qwen2:Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM": "fairlead.models.qwen_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": "fairlead.models.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "fairlead.models.qwen_moe:Qwen3MoeForCausalLM",
     "SmolLM3ForCausalLM": "fairlead.models.smollm3:SmolLM3ForCausalLM",
     "StableLmForCausalLM": "fairlead.models.stablelm:StableLmForCausalLM",
 }
@@ -49,6 +52,7 @@ def check_supported(architecture: str) -> None:
 def complete_config(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json with the family's defaults where it leaves something out; UnsupportedModelError as above."""
     check_supported(architecture)
+    refuse(config, "quantization_config")
     return {**getattr(_model_class(architecture), "defaults", {}), **config}
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from fairlead.errors import ConfigError, PluginContractError
-from fairlead.interface import OpProvider
+from fairlead.interface import MoeSpec, OpProvider
 from fairlead.ops import reference
 
 Tensor = torch.Tensor
@@ -30,6 +30,7 @@ class Ops:
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor], Tensor]
+    moe: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, MoeSpec], Tensor]
 
 
 OP_NAMES = tuple(f.name for f in fields(Ops))

@@ -40,7 +40,8 @@ class Case:
 
     `is_windowed` says that a wider window must change the output; `draw` goes to `redraw`. `rewrite` turns the
     config.json that transformers writes into the one of the hub: a value, or None to drop the key.
-    `short_factor` replaces that of the reference, which would choose by the length of each sequence.
+    `save` goes to save_pretrained. `short_factor` replaces that of the reference, which would choose by the length of
+    each sequence.
     """
 
     config: str
@@ -49,6 +50,7 @@ class Case:
     draw: Mapping[str, Any] = field(default_factory=dict)
     rewrite: Mapping[str, Any] = field(default_factory=dict)
     short_factor: list[float] | None = None
+    save: Mapping[str, Any] = field(default_factory=dict)
 
 
 def rope(kind: str, **settings: Any) -> dict[str, Any]:
@@ -58,6 +60,13 @@ def rope(kind: str, **settings: Any) -> dict[str, Any]:
 SHORT_FACTOR, LONG_FACTOR = [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 PHI3_ROPE = rope("longrope", short_factor=SHORT_FACTOR, long_factor=LONG_FACTOR, partial_rotary_factor=0.75)
 GEMMA_DRAW = {"norms_less_one": True, "embedding_scale": 8.0}
+
+MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 48,
+}
 
 CASES = {
     "mistral": Case(config="MistralConfig", settings={"sliding_window": WINDOW}, is_windowed=True),
@@ -152,6 +161,25 @@ CASES = {
         },
         is_windowed=True,
     ),
+    "mixtral": Case(
+        config="MixtralConfig",
+        settings={"sliding_window": WINDOW, "num_local_experts": 5, "num_experts_per_tok": 2},
+        is_windowed=True,
+    ),
+    "mixtral-stacked": Case(
+        config="MixtralConfig", settings={"num_local_experts": 3}, save={"save_original_format": False}
+    ),
+    "qwen2-moe": Case(config="Qwen2MoeConfig", settings={**MOE, "num_experts_per_tok": 3, "mlp_only_layers": [0]}),
+    "qwen2-moe-window": Case(
+        config="Qwen2MoeConfig",
+        settings={**MOE, "use_sliding_window": True, "sliding_window": WINDOW, "norm_topk_prob": True},
+        rewrite={"layer_types": None},
+        is_windowed=True,
+    ),
+    "qwen3-moe": Case(config="Qwen3MoeConfig", settings={**MOE, "head_dim": 24, "norm_topk_prob": True}),
+    "qwen3-moe-stacked": Case(
+        config="Qwen3MoeConfig", settings={**MOE, "decoder_sparse_step": 2}, save={"save_original_format": False}
+    ),
     "olmo": Case(config="OlmoConfig", settings={"clip_qkv": 2.0}),
     "olmo2": Case(config="Olmo2Config"),
     "stablelm": Case(config="StableLmConfig", settings={"use_qkv_bias": True}),
@@ -186,7 +214,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     redraw(model, seed=1, **case.draw)
     directory = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, **case.save)
     path = directory / "config.json"
     written = {**json.loads(path.read_text()), **case.rewrite}
     path.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
