@@ -3,8 +3,10 @@
 Platforms return data (Capabilities, Defaults); this module applies it. No config is changed, no memory is taken.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -40,6 +42,7 @@ class EnginePlan:
     """All that loading an engine needs to know. `backends` and `cache_groups` go by kind of attention layer."""
 
     checkpoint: Checkpoint
+    model_config: Mapping[str, Any]
     shape: ModelShape
     platform: Platform
     settings: Negotiated
@@ -51,7 +54,7 @@ class EnginePlan:
 
     def build_model(self) -> torch.nn.Module:
         """The model, its weights on the meta device, its attention layers numbered by group."""
-        model = registry.build_model(self.checkpoint.architecture, self.checkpoint.config, self.shape, self.context)
+        model = registry.build_model(self.checkpoint.architecture, self.model_config, self.shape, self.context)
         number_layers(model)
         return model
 
@@ -62,8 +65,8 @@ def plan(config: EngineConfig) -> EnginePlan:
     Raises ModelError, PluginError, ConfigError or KVCacheMemoryError; each says what to do.
     """
     checkpoint = Checkpoint.open(config.model)
-    registry.check_supported(checkpoint.architecture)
-    shape = ModelShape.of(checkpoint.config)
+    model_config = registry.complete_config(checkpoint.architecture, checkpoint.config)
+    shape = ModelShape.of(model_config)
     record, device = plugins.choose(config.platform)
     platform = plugins.create(record, device)
     settings, reasons = negotiate(config, checkpoint, shape, platform)
@@ -72,7 +75,7 @@ def plan(config: EngineConfig) -> EnginePlan:
     )
     # A model of one position tells its weights and layers, before anything as long as the context is made.
     context = BuildContext(ops=ops, dtype=getattr(torch, settings.dtype), device=platform.torch_device, max_model_len=1)
-    model = registry.build_model(checkpoint.architecture, checkpoint.config, shape, context)
+    model = registry.build_model(checkpoint.architecture, model_config, shape, context)
     weights_bytes = sum(p.nbytes for p in model.parameters())
     groups = number_layers(model)
     reasons += _head_size_reasons(groups, platform.capabilities)
@@ -90,6 +93,7 @@ def plan(config: EngineConfig) -> EnginePlan:
     num_blocks = size_cache(config.cache, settings, platform, windows, block_bytes, weights_bytes)
     return EnginePlan(
         checkpoint=checkpoint,
+        model_config=model_config,
         shape=shape,
         platform=platform,
         settings=settings,

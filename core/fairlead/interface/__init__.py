@@ -8,6 +8,7 @@ import pluggy
 
 from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
 
@@ -25,6 +26,7 @@ __all__ = [
     "KVCache",
     "MemoryAllocator",
     "MemoryInfo",
+    "MoeSpec",
     "OpProvider",
     "Platform",
     "PlatformSpec",

@@ -17,9 +17,9 @@ class BuildContext:
     device: torch.device
     max_model_len: int
 
-    def weight(self, *shape: int) -> torch.nn.Parameter:
-        """A weight without memory yet."""
-        return torch.nn.Parameter(torch.empty(shape, dtype=self.dtype, device="meta"), requires_grad=False)
+    def weight(self, *shape: int, dtype: torch.dtype | None = None) -> torch.nn.Parameter:
+        """A weight without memory yet, of the model's dtype unless another is given."""
+        return torch.nn.Parameter(torch.empty(shape, dtype=dtype or self.dtype, device="meta"), requires_grad=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

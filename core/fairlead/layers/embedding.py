@@ -6,24 +6,39 @@ from fairlead.layers.context import BuildContext
 
 
 class Embedding(torch.nn.Module):
-    """Token ids (T,) to vectors (T, E)."""
+    """Token ids (T,) to vectors (T, E), times `scale` (rounded to the weights' dtype)."""
 
-    def __init__(self, vocab_size: int, size: int, ctx: BuildContext) -> None:
+    def __init__(self, vocab_size: int, size: int, ctx: BuildContext, *, scale: float = 1.0) -> None:
         super().__init__()
         self._embedding = ctx.ops.embedding
+        self._scale = torch.tensor(scale, dtype=ctx.dtype).item()
         self.weight = ctx.weight(vocab_size, size)
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
-        return self._embedding(token_ids_T, self.weight)
+        x_TE = self._embedding(token_ids_T, self.weight)
+        return x_TE if self._scale == 1 else x_TE * self._scale
 
 
 class OutputHead(torch.nn.Module):
-    """Hidden states (S, E) to logits (S, V) in float32; shares the embedding's weight where `tied_to` is given."""
+    """Hidden states (S, E) to logits (S, V) in float32; shares the embedding's weight where `tied_to` is given.
 
-    def __init__(self, vocab_size: int, size: int, ctx: BuildContext, *, tied_to: Embedding | None = None) -> None:
+    `soft_cap` c turns a logit l into c * tanh(l / c).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        size: int,
+        ctx: BuildContext,
+        *,
+        tied_to: Embedding | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
         super().__init__()
         self._linear = ctx.ops.linear
+        self._soft_cap = soft_cap
         self.weight = ctx.weight(vocab_size, size) if tied_to is None else tied_to.weight
 
     def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        return self._linear(hidden_SE, self.weight, None).float()
+        logits_SV = self._linear(hidden_SE, self.weight, None).float()
+        return logits_SV if self._soft_cap is None else self._soft_cap * torch.tanh(logits_SV / self._soft_cap)

@@ -1,5 +1,7 @@
 """Linear layers, single and merged."""
 
+from collections.abc import Iterator
+
 import torch
 
 from fairlead.layers.context import BuildContext
@@ -22,7 +24,8 @@ class MergedLinear(Linear):
     """Several linear layers of one input, computed as one: their outputs stand side by side.
 
     `parts` are (name, output size). A checkpoint stores part `name` as a sibling of this layer, so
-    "self_attn.qkv_proj" is read from "self_attn.q_proj", "self_attn.k_proj" and "self_attn.v_proj".
+    "self_attn.qkv_proj" is read from "self_attn.q_proj", "self_attn.k_proj" and "self_attn.v_proj"; or it stores the
+    whole under this layer's own name.
     """
 
     def __init__(
@@ -31,3 +34,10 @@ class MergedLinear(Linear):
         super().__init__(in_features, sum(size for _, size in parts), ctx, bias=bias)
         self.parts = parts
         self.sizes = [size for _, size in parts]
+
+    def pieces(self, path: str, name: str) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
+        """(stored name, index) of each piece of parameter `name`, if this layer stands at `path`."""
+        parent, start = path.rpartition(".")[0], 0
+        for part, size in self.parts:
+            yield f"{parent}.{part}.{name}", (slice(start, start + size),)
+            start += size

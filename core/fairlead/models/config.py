@@ -1,10 +1,10 @@
 """The numbers of a config.json that the engine itself needs. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairlead.errors import CheckpointError
+from fairlead.errors import CheckpointError, UnsupportedModelError
 
 # Far above any model, so that a broken config.json can neither make modules for ever nor overflow a size in bytes.
 _MAX_SIZE, _MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_SIZE = 2**24, 2**12, 2**12, 2**12
@@ -69,3 +69,44 @@ def _shown(value: object) -> str:
         return f"{value!r:.100}"
     except ValueError:  # an integer of thousands of digits
         return "one of too many digits"
+
+
+def at_most(config: Mapping[str, Any], key: str, limit: int, default: int | None = None) -> int:
+    """A positive int of at most `limit`; raises CheckpointError."""
+    value = positive_int(config, key, default)
+    if value > limit:
+        raise CheckpointError(f"config.json: {key} must be at most {limit}, got {value}")
+    return value
+
+
+def optional_positive_int(config: Mapping[str, Any], key: str) -> int | None:
+    """config[key], or None where the key is missing or null; raises CheckpointError if it is no int > 0."""
+    return None if config.get(key) is None else positive_int(config, key)
+
+
+def layer_windows(
+    config: Mapping[str, Any], num_layers: int, is_sliding: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """The sliding window of each layer, or None where it sees all: by layer_types, else by `is_sliding`.
+
+    Raises CheckpointError or UnsupportedModelError naming the key.
+    """
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if is_sliding(i) else "full_attention" for i in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise CheckpointError(f"config.json: layer_types must be a list of {num_layers} names, got {kinds!r}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(
+                f"layer_types {kind!r} is not supported; supported: full_attention, sliding_attention"
+            )
+    return tuple(positive_int(config, "sliding_window") if k == "sliding_attention" else None for k in kinds)
+
+
+def refuse(config: Mapping[str, Any], key: str, *served: object) -> None:
+    """Raises UnsupportedModelError if config[key] is given and none of the values that are served."""
+    value = config.get(key)
+    if value is not None and value not in served:
+        instead = ", ".join(map(repr, served)) or "leaving it out"
+        raise UnsupportedModelError(f"config.json: {key} {value!r} is not supported here; supported: {instead}")

@@ -4,7 +4,9 @@ A tensor is read by mmap and copied straight into its slice of the (possibly mer
 plus one tensor. Whatever does not fit is found before anything is allocated.
 """
 
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,29 +14,40 @@ from safetensors import SafetensorError, safe_open
 from fairlead.checkpoint import Checkpoint, StoredTensor
 from fairlead.errors import CheckpointError
 from fairlead.interface import MemoryAllocator
-from fairlead.layers.linear import MergedLinear
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # stored by old versions of transformers; computed here
 
 
+Index = tuple[int | slice, ...]
+
+
+@runtime_checkable
+class Merged(Protocol):
+    """A layer whose parameters a checkpoint may store in pieces."""
+
+    def pieces(self, path: str, name: str) -> Iterator[tuple[str, Index]]:
+        """(stored name, where it goes in parameter `name`), if the layer stands at `path`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Target:
-    """Where one stored tensor goes: rows [start, stop) of a parameter."""
+    """Where one stored tensor goes: the part `index` of a parameter."""
 
     parameter: torch.nn.Parameter
-    start: int
-    stop: int
+    index: Index = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.parameter.shape[1:])
+        return tuple(self.parameter[self.index].shape)
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: MemoryAllocator) -> int:
     """Loads all weights; returns their bytes. Raises CheckpointError or ModelNotFoundError naming file and tensor."""
-    targets = _targets(model)
-    stored = checkpoint.tensors()
+    unused: tuple[str, ...] = getattr(model, "unused_weights", ())
+    stored = {name: tensor for name, tensor in checkpoint.tensors().items() if not name.startswith(unused)}
+    targets = _targets(model, stored)
     _check(targets, stored, checkpoint)
     memory = _allocate(model, allocator)
     files: dict[str, list[str]] = {}
@@ -45,7 +58,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
             with safe_open(file, framework="pt") as reader:
                 for name in names:
                     target = targets[name]
-                    memory[target.parameter][target.start : target.stop].copy_(reader.get_tensor(name))
+                    memory[target.parameter][target.index].copy_(reader.get_tensor(name))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     _place(model, memory)
@@ -65,8 +78,12 @@ def dummy_weights(model: torch.nn.Module, allocator: MemoryAllocator, *, seed: i
     return sum(t.nbytes for t in memory.values())
 
 
-def _targets(model: torch.nn.Module) -> dict[str, _Target]:
-    """Checkpoint name to place. A weight shared by two layers (tied embeddings) is read under its first name."""
+def _targets(model: torch.nn.Module, stored: Container[str]) -> dict[str, _Target]:
+    """Checkpoint name to place. A weight shared by two layers (tied embeddings) is read under its first name.
+
+    What a merged layer computes as one is read whole where the checkpoint has it so, else piece by piece.
+    """
+    names: Mapping[str, str] = getattr(model, "checkpoint_names", {})
     targets: dict[str, _Target] = {}
     seen: set[torch.nn.Parameter] = set()
     for path, module in model.named_modules():
@@ -74,15 +91,23 @@ def _targets(model: torch.nn.Module) -> dict[str, _Target]:
             if parameter in seen:
                 continue
             seen.add(parameter)
-            if isinstance(module, MergedLinear):
-                parent = path.rpartition(".")[0]
-                start = 0
-                for part, size in module.parts:
-                    targets[f"{parent}.{part}.{name}"] = _Target(parameter=parameter, start=start, stop=start + size)
-                    start += size
+            whole = _stored_name(f"{path}.{name}", names, stored)
+            if isinstance(module, Merged) and whole not in stored:
+                for piece, index in module.pieces(path, name):
+                    found = _stored_name(piece, names, stored)
+                    targets[found] = _Target(parameter=parameter, index=index)
             else:
-                targets[f"{path}.{name}"] = _Target(parameter=parameter, start=0, stop=parameter.shape[0])
+                targets[whole] = _Target(parameter=parameter)
     return targets
+
+
+def _stored_name(name: str, names: Mapping[str, str], stored: Container[str]) -> str:
+    """The checkpoint's own spelling of a parameter's name; the plain one where that is what it stores."""
+    if name in stored:
+        return name
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
 
 
 def _check(targets: dict[str, _Target], stored: dict[str, StoredTensor], checkpoint: Checkpoint) -> None:

@@ -1,17 +1,31 @@
 """Which class runs which architecture."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from fairlead.errors import UnsupportedModelError
 from fairlead.layers.context import BuildContext, Step
-from fairlead.models.config import ModelShape
+from fairlead.models.config import ModelShape, refuse
 
 _ARCHITECTURES = {
+    "Gemma2ForCausalLM": "fairlead.models.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "fairlead.models.gemma3:Gemma3ForCausalLM",
+    "GemmaForCausalLM": "fairlead.models.gemma:GemmaForCausalLM",
     "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "fairlead.models.mistral:MistralForCausalLM",
+    "MixtralForCausalLM": "fairlead.models.mixtral:MixtralForCausalLM",
+    "Olmo2ForCausalLM": "fairlead.models.olmo:Olmo2ForCausalLM",
+    "OlmoForCausalLM": "fairlead.models.olmo:OlmoForCausalLM",
+    "Phi3ForCausalLM": "fairlead.models.phi3:Phi3ForCausalLM",
+    "Qwen2ForCausalLM": "fairlead.models.qwen2:Qwen2ForCausalLM",
+    "Qwen2MoeForCausalLM": "fairlead.models.qwen_moe:Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM": "fairlead.models.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": "fairlead.models.qwen_moe:Qwen3MoeForCausalLM",
+    "SmolLM3ForCausalLM": "fairlead.models.smollm3:SmolLM3ForCausalLM",
+    "StableLmForCausalLM": "fairlead.models.stablelm:StableLmForCausalLM",
 }
 
 
@@ -35,9 +49,21 @@ def check_supported(architecture: str) -> None:
         )
 
 
-def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
-    """Makes the model, its weights on the meta device."""
+def complete_config(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the family's defaults where it leaves something out; UnsupportedModelError as above."""
     check_supported(architecture)
+    refuse(config, "quantization_config")
+    return {**getattr(_model_class(architecture), "defaults", {}), **config}
+
+
+def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
+    """Makes the model of a completed config, its weights on the meta device."""
+    check_supported(architecture)
+    return _model_class(architecture)(config, shape, ctx)
+
+
+def _model_class(architecture: str) -> Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]:
     module, name = _ARCHITECTURES[architecture].split(":")
-    model: torch.nn.Module = getattr(importlib.import_module(module), name)(config, shape, ctx)
-    return model
+    found: Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]
+    found = getattr(importlib.import_module(module), name)
+    return found

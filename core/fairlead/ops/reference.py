@@ -1,14 +1,15 @@
 """The meaning of every op, in plain PyTorch: the fallback of a new platform and the oracle of every kernel.
 
 Shapes: T packed tokens of a step, N rows of any kind, H query heads, K kv-heads, D head size, E model width,
-F feed-forward width, V vocabulary, S sequences, B blocks of a table, P positions.
+F feed-forward width, V vocabulary, S sequences, B blocks of a table, P positions, X experts, R experts of a token,
+G groups of experts.
 Inputs are not changed and results are new tensors, unless a docstring says otherwise. Reductions run in float32.
 """
 
 import torch
 from torch.nn import functional
 
-from fairlead.interface import AttentionSpec
+from fairlead.interface import AttentionSpec, MoeSpec
 
 
 def embedding(token_ids_T: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
@@ -37,6 +38,13 @@ def fused_add_rms_norm(
     """(rms_norm(x + residual), x + residual), the sum rounded to x's dtype before it is normalised."""
     total = x_NE + residual_NE
     return rms_norm(total, weight_E, eps), total
+
+
+def gemma_rms_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x², over E) + eps) * (1 + weight), all in float32, rounded to x's dtype at the end."""
+    x32 = x_NE.float()
+    normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight_E.float())).to(x_NE.dtype)
 
 
 def layer_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -71,6 +79,56 @@ def gelu_and_mul(x_N2F: torch.Tensor) -> torch.Tensor:
     """gelu (tanh form) of the first half of each row times the second half: (N, F)."""
     gate, up = x_N2F.chunk(2, dim=-1)
     return functional.gelu(gate, approximate="tanh") * up
+
+
+def moe(
+    x_TE: torch.Tensor,
+    logits_TX: torch.Tensor,
+    correction_X: torch.Tensor | None,
+    gate_up_X2FE: torch.Tensor,
+    down_XEF: torch.Tensor,
+    spec: MoeSpec,
+) -> torch.Tensor:
+    """Each token through its best experts, gated MLPs with silu, summed by their weights: (T, E) in x's dtype.
+
+    Tokens are sorted by expert, so that each expert is one product over a run of rows. The sum is in float32.
+    Source: Shazeer et al., "Outrageously Large Neural Networks" (2017), section 2.
+    """
+    weights_TR, experts_TR = route_tokens(logits_TX, correction_X, spec)
+    order_N = experts_TR.flatten().argsort(stable=True)
+    tokens_N = order_N // spec.top_k
+    counts_X = torch.bincount(experts_TR.flatten(), minlength=spec.num_experts)
+    parts = [
+        linear(silu_and_mul(linear(rows, gate_up_X2FE[i], None)), down_XEF[i], None)
+        for i, rows in enumerate(torch.split(x_TE[tokens_N], counts_X.tolist()))
+        if len(rows)
+    ]
+    weighted_NE = torch.cat(parts).float() * weights_TR.flatten()[order_N, None]
+    return torch.zeros_like(x_TE, dtype=torch.float32).index_add_(0, tokens_N, weighted_NE).to(x_TE.dtype)
+
+
+def route_tokens(
+    logits_TX: torch.Tensor, correction_X: torch.Tensor | None, spec: MoeSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights, experts) of each token, both (T, R), in float32 and int64. See MoeSpec.
+
+    `correction_X` is added to the scores for the choice alone, not for the weights.
+    Source: Wang et al., "Auxiliary-Loss-Free Load Balancing" (2024), section 3 (the correction).
+    """
+    logits32 = logits_TX.float()
+    scores_TX = logits32.softmax(-1) if spec.scoring == "softmax" else logits32.sigmoid()
+    choice_TX = scores_TX if correction_X is None else scores_TX + correction_X
+    if spec.top_groups < spec.num_groups:
+        by_group_TGX = choice_TX.view(len(choice_TX), spec.num_groups, -1)
+        group_scores_TG = by_group_TGX.topk(spec.group_top, dim=-1).values.sum(-1)
+        best_TG = group_scores_TG.topk(spec.top_groups, dim=-1).indices
+        is_out_TG = torch.ones_like(group_scores_TG, dtype=torch.bool).scatter_(1, best_TG, False)
+        choice_TX = by_group_TGX.masked_fill(is_out_TG.unsqueeze(-1), -torch.inf).flatten(1)
+    experts_TR = choice_TX.topk(spec.top_k, dim=-1).indices
+    weights_TR = scores_TX.gather(1, experts_TR)
+    if spec.normalize:
+        weights_TR = weights_TR / (weights_TR.sum(-1, keepdim=True) + 1e-20)
+    return weights_TR * spec.scale, experts_TR
 
 
 def kv_cache_write(x_TKD: torch.Tensor, cache: torch.Tensor, slot_mapping_T: torch.Tensor) -> None:

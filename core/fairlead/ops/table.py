@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from fairlead.errors import ConfigError, PluginContractError
-from fairlead.interface import OpProvider
+from fairlead.interface import MoeSpec, OpProvider
 from fairlead.ops import reference
 
 Tensor = torch.Tensor
@@ -25,10 +25,12 @@ class Ops:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     fused_add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    gemma_rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor], Tensor]
+    moe: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, MoeSpec], Tensor]
 
 
 OP_NAMES = tuple(f.name for f in fields(Ops))

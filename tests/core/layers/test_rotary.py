@@ -57,7 +57,9 @@ def test_tables_are_those_of_transformers(kind: str, head_size: int, theta: floa
     positions = torch.arange(600)
     cos, sin = reference(torch.zeros(1), positions[None])
     for config in (new, old, older):
-        assert torch.equal(inverse_frequencies(head_size, rope_params(config)), reference.inv_freq)
+        inv_freq, factor = inverse_frequencies(head_size, rope_params(config), max_model_len=600)
+        assert torch.equal(inv_freq, reference.inv_freq)
+        assert factor == 1.0
         rotary = make_rotary(head_size, config)
         torch.testing.assert_close(rotary.cos_PD, cos[0], atol=1e-6, rtol=0)
         torch.testing.assert_close(rotary.sin_PD, sin[0], atol=1e-6, rtol=0)
@@ -93,7 +95,8 @@ def test_scores_depend_on_the_distance_alone() -> None:
     "config", [{}, {"rope_scaling": None}, {"rope_parameters": {}}, {"rope_theta": 10000.0}], ids=str
 )
 def test_settings_left_out(config: dict[str, Any]) -> None:
-    assert rope_params(config) == {"rope_theta": 10000.0, "rope_type": "default"}
+    found = rope_params(config)
+    assert (found["rope_theta"], found["rope_type"], found["partial_rotary_factor"]) == (10000.0, "default", 1.0)
 
 
 def test_the_config_is_not_changed() -> None:
@@ -103,8 +106,8 @@ def test_the_config_is_not_changed() -> None:
 
 
 def test_an_unsupported_kind_lists_the_supported() -> None:
-    with pytest.raises(UnsupportedModelError, match="rope_type 'yarn' is not supported; supported: default, linear"):
-        make_rotary(16, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    with pytest.raises(UnsupportedModelError, match="rope_type 'ntk' is not supported; supported: default, linear"):
+        make_rotary(16, {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}})
 
 
 @pytest.mark.parametrize(

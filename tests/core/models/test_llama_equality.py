@@ -1,25 +1,16 @@
-"""N1: greedy output in float32 equals transformers, token for token, however the work is cut up.
-
-One teacher-forced pass of the reference over prompt + output: its argmax at every position must be the token emitted,
-and its log-probability the one reported. Positions where the reference's own best two differ by less than 1e-5 are
-left out and counted.
-"""
+"""N1: greedy output in float32 equals transformers, token for token, however the work is cut up."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from fairlead import LLM, RequestOutput, SamplingParams, demo
+from fairlead import LLM, SamplingParams, demo
+from fairlead.testing.equality import MAX_PROMPT, Reference, prompts_for
 from fairlead.testing.tiny_model import write_tiny_llama
 
-MARGIN = 1e-5
-LOGPROB_TOLERANCE = 1e-4
-MAX_PROMPT = 300
 BLOCK_SIZE = 16
 
 CHECKPOINTS = {
@@ -56,39 +47,6 @@ MODES = {
 }
 
 
-@dataclass(kw_only=True)
-class Reference:
-    """A checkpoint with transformers' float32 model of it."""
-
-    name: str
-    directory: Path
-    model: transformers.PreTrainedModel
-    num_left_out: int = 0
-    num_checked: int = 0
-    checked: set[tuple[int, ...]] = field(default_factory=set)
-
-    def check(self, output: RequestOutput) -> None:
-        """Asserts that each token is the reference's argmax, with its log-probability."""
-        completion = output.outputs[0]
-        ids = (*output.prompt_token_ids, *completion.token_ids)
-        if ids in self.checked:
-            return
-        self.checked.add(ids)
-        with torch.inference_mode():
-            logits_TV = self.model(torch.tensor([ids])).logits[0, len(output.prompt_token_ids) - 1 : -1].float()
-        best_T2 = logits_TV.topk(2).values
-        logprobs_TV = logits_TV.log_softmax(-1)
-        assert completion.logprobs is not None
-        for i, token_id in enumerate(completion.token_ids):
-            reported = completion.logprobs[i][token_id].logprob
-            assert reported == pytest.approx(logprobs_TV[i, token_id].item(), abs=LOGPROB_TOLERANCE)
-            self.num_checked += 1
-            if best_T2[i, 0] - best_T2[i, 1] < MARGIN:
-                self.num_left_out += 1
-            else:
-                assert token_id == logits_TV[i].argmax().item(), f"token {i} of prompt length {len(ids)}"
-
-
 @pytest.fixture(scope="module", params=["demo", *CHECKPOINTS])
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
     name = request.param
@@ -98,16 +56,7 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     found = Reference(name=name, directory=directory, model=model)
     yield found
-    print(f"{name}: {found.num_checked} positions checked, {found.num_left_out} near-ties left out")
-    assert found.num_left_out <= found.num_checked / 10_000 + 1
-
-
-def prompts_for(vocab_size: int, count: int) -> list[list[int]]:
-    """Prompts of 1 to 300 tokens, among them the lengths around block borders."""
-    rng = np.random.default_rng(count)
-    lengths = [1, 2, 15, 16, 17, 31, 32, 33, MAX_PROMPT]
-    lengths += rng.integers(1, MAX_PROMPT + 1, size=count - len(lengths)).tolist()
-    return [rng.integers(0, vocab_size, size=n).tolist() for n in lengths]
+    found.report()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -261,7 +261,7 @@ def test_only_pickled_weights(tmp_path: Path) -> None:
         ({"rms_norm_eps": "small"}, CheckpointError, "rms_norm_eps must be a number above 0"),
         ({"hidden_size": 2**40}, CheckpointError, "hidden_size must be an integer"),
         ({"num_hidden_layers": 2**20}, CheckpointError, "num_hidden_layers must be an integer"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, UnsupportedModelError, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, UnsupportedModelError, "rope_type 'ntk' is not supported"),
         ({"rope_parameters": {"rope_theta": None}}, CheckpointError, "rope_theta must be a number above 0"),
     ],
     ids=str,

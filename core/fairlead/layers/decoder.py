@@ -1,0 +1,174 @@
+"""What most decoders since Llama are made of: self-attention, and the ways to place norms and residuals around it.
+
+Every layer takes and returns the pair (x, residual) whose sum is the residual stream, so that an add and the norm
+behind it can be one op; the first layer's residual is None.
+Shapes: T packed tokens, H query heads, K kv-heads, D head size, E model width.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fairlead.interface import AttentionSpec
+from fairlead.layers.attention import Attention
+from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.embedding import Embedding
+from fairlead.layers.linear import Linear, MergedLinear
+from fairlead.layers.norm import Norm
+from fairlead.layers.rotary import Rotary
+from fairlead.models.config import ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """In what one layer's self-attention differs from another's.
+
+    Without a `rotary` it has no positions. `scale` multiplies the scores. q, k and v are clamped to ± `clip`.
+    `sliding_window` and `soft_cap` are those of AttentionSpec.
+    """
+
+    rotary: Rotary | None
+    scale: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    clip: float | None = None
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+
+class SelfAttention(torch.nn.Module):
+    """Grouped-query attention with rotary positions; optionally q and k are normed first.
+
+    `q_norm` and `k_norm` are set by a family that has them: over each head, or over the whole projection, by their
+    size. Sources: Ainslie et al., "GQA" (2023), section 2.2; Dehghani et al., "Scaling Vision Transformers to 22
+    Billion Parameters" (2023), section 2 (norms of q and k).
+    """
+
+    def __init__(self, shape: ModelShape, options: AttentionOptions, ctx: BuildContext) -> None:
+        super().__init__()
+        H, K, D, E = shape.num_heads, shape.num_kv_heads, shape.head_size, shape.hidden_size
+        parts = (("q_proj", H * D), ("k_proj", K * D), ("v_proj", K * D))
+        self.qkv_proj = MergedLinear(E, parts, ctx, bias=options.qkv_bias)
+        self.o_proj = Linear(H * D, E, ctx, bias=options.output_bias)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
+        self.rotary = options.rotary
+        self.head_size, self.clip = D, options.clip
+        self.attention = Attention(
+            AttentionSpec(
+                num_heads=H,
+                num_kv_heads=K,
+                head_size=D,
+                scale=options.scale,
+                sliding_window=options.sliding_window,
+                soft_cap=options.soft_cap,
+            )
+        )
+
+    def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        qkv = self.qkv_proj(x_TE)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        q, k, v = qkv.split(self.qkv_proj.sizes, dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _norm_parts(self.q_norm, q), _norm_parts(self.k_norm, k)
+        q_THD, k_TKD, v_TKD = (t.unflatten(-1, (-1, self.head_size)) for t in (q, k, v))
+        if self.rotary is not None:
+            q_THD, k_TKD = self.rotary(q_THD, k_TKD, positions_T)
+        out_TE: torch.Tensor = self.o_proj(self.attention(q_THD, k_TKD, v_TKD, step).flatten(1))
+        return out_TE
+
+
+def _norm_parts(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    """Norms each run of `norm.size` entries of a row."""
+    return norm(x.reshape(-1, norm.size)).view(x.shape)
+
+
+class PreNormLayer(torch.nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norms: tuple[Norm, Norm]) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = attention, mlp
+        self.input_layernorm, self.post_attention_layernorm = norms
+
+    def forward(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, positions_T: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed_TE, residual_TE = _add_norm(self.input_layernorm, x_TE, residual_TE)
+        attended_TE = self.self_attn(normed_TE, positions_T, step)
+        normed_TE, residual_TE = self.post_attention_layernorm.add(attended_TE, residual_TE)
+        return self.mlp(normed_TE), residual_TE
+
+
+class ParallelLayer(torch.nn.Module):
+    """x + attention(norm(x)) + mlp(norm(x)). Source: Wang and Komatsuzaki, GPT-J (2021)."""
+
+    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norm: Norm) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = attention, mlp
+        self.input_layernorm = norm
+
+    def forward(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, positions_T: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed_TE, residual_TE = _add_norm(self.input_layernorm, x_TE, residual_TE)
+        return self.self_attn(normed_TE, positions_T, step) + self.mlp(normed_TE), residual_TE
+
+
+class SandwichLayer(torch.nn.Module):
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). Source: Gemma 2 (2024), section 2."""
+
+    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norms: tuple[Norm, Norm, Norm, Norm]) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = attention, mlp
+        self.input_layernorm, self.post_attention_layernorm = norms[:2]
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norms[2:]
+
+    def forward(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, positions_T: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed_TE, residual_TE = _add_norm(self.input_layernorm, x_TE, residual_TE)
+        attended_TE = self.post_attention_layernorm(self.self_attn(normed_TE, positions_T, step))
+        normed_TE, residual_TE = self.pre_feedforward_layernorm.add(attended_TE, residual_TE)
+        return self.post_feedforward_layernorm(self.mlp(normed_TE)), residual_TE
+
+
+class PostNormLayer(torch.nn.Module):
+    """x + norm(attention(x)), then x + norm(mlp(x)). Source: OLMo 2 (2024), section 3.2."""
+
+    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norms: tuple[Norm, Norm]) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = attention, mlp
+        self.post_attention_layernorm, self.post_feedforward_layernorm = norms
+
+    def forward(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, positions_T: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual_TE is not None:
+            x_TE = x_TE + residual_TE
+        x_TE = x_TE + self.post_attention_layernorm(self.self_attn(x_TE, positions_T, step))
+        return self.post_feedforward_layernorm(self.mlp(x_TE)), x_TE
+
+
+def _add_norm(norm: Norm, x_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return (norm(x_TE), x_TE) if residual_TE is None else norm.add(x_TE, residual_TE)
+
+
+class Decoder(torch.nn.Module):
+    """Embedding, layers, final norm: token ids (T,) to hidden states (T, E)."""
+
+    def __init__(self, embedding: Embedding, layers: Iterable[torch.nn.Module], norm: Norm) -> None:
+        super().__init__()
+        self.embed_tokens = embedding
+        self.layers = torch.nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        x_TE: torch.Tensor = self.embed_tokens(token_ids_T)
+        residual_TE: torch.Tensor | None = None
+        for layer in self.layers:
+            x_TE, residual_TE = layer(x_TE, residual_TE, positions_T, step)
+        assert residual_TE is not None
+        return self.norm.add(x_TE, residual_TE)[0]

@@ -1,0 +1,294 @@
+"""N1 for every family that shares Llama's frame: logits and greedy tokens equal transformers', in float32.
+
+Each case is a tiny random checkpoint, made with transformers' own configuration class and written by save_pretrained.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from fairlead import LLM, SamplingParams
+from fairlead.testing.equality import MAX_PROMPT, Reference, logits_of, prompts_for, redraw
+
+BLOCK_SIZE = 16
+WINDOW = 24
+QUERY_WEIGHTS = ("q_proj.weight", "q_b_proj.weight", "qkv_proj.weight")
+
+SMALL = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tiny checkpoint: `config` is transformers' class, `settings` what differs from SMALL.
+
+    `is_windowed` says that a wider window must change the output; `draw` goes to `redraw`. `rewrite` turns the
+    config.json that transformers writes into the one of the hub: a value, or None to drop the key.
+    `save` goes to save_pretrained. `short_factor` replaces that of the reference, which would choose by the length of
+    each sequence.
+    """
+
+    config: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    is_windowed: bool = False
+    draw: Mapping[str, Any] = field(default_factory=dict)
+    rewrite: Mapping[str, Any] = field(default_factory=dict)
+    short_factor: list[float] | None = None
+    save: Mapping[str, Any] = field(default_factory=dict)
+
+
+def rope(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 500.0, **settings}
+
+
+SHORT_FACTOR, LONG_FACTOR = [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+PHI3_ROPE = rope("longrope", short_factor=SHORT_FACTOR, long_factor=LONG_FACTOR, partial_rotary_factor=0.75)
+GEMMA_DRAW = {"norms_less_one": True, "embedding_scale": 8.0}
+
+MOE = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 48,
+}
+
+CASES = {
+    "mistral": Case(config="MistralConfig", settings={"sliding_window": WINDOW}, is_windowed=True),
+    "mistral-full": Case(config="MistralConfig", settings={"sliding_window": None, "head_dim": 24}),
+    "qwen2": Case(config="Qwen2Config", settings={"tie_word_embeddings": True}),
+    "qwen2-window": Case(
+        config="Qwen2Config",
+        settings={"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        rewrite={"layer_types": None},
+        is_windowed=True,
+    ),
+    "qwen2-yarn": Case(
+        config="Qwen2Config",
+        settings={"rope_parameters": rope("yarn", factor=4.0, original_max_position_embeddings=64)},
+        rewrite={
+            "rope_parameters": None,
+            "rope_theta": 500.0,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        },
+    ),
+    "qwen2-dynamic": Case(config="Qwen2Config", settings={"rope_parameters": rope("dynamic", factor=4.0)}),
+    "qwen2-linear": Case(config="Qwen2Config", settings={"rope_parameters": rope("linear", factor=4.0)}),
+    "qwen3": Case(config="Qwen3Config", settings={"head_dim": 24, "attention_bias": True}),
+    "qwen3-window": Case(
+        config="Qwen3Config",
+        settings={
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        is_windowed=True,
+    ),
+    "phi3": Case(config="Phi3Config", settings={"sliding_window": WINDOW}, is_windowed=True),
+    "phi3-longrope-short": Case(
+        config="Phi3Config", settings={"rope_parameters": PHI3_ROPE, "original_max_position_embeddings": 400}
+    ),
+    "phi3-longrope-long": Case(
+        config="Phi3Config",
+        settings={"rope_parameters": PHI3_ROPE, "original_max_position_embeddings": 64},
+        rewrite={
+            "rope_parameters": None,
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": {"type": "su", "short_factor": SHORT_FACTOR, "long_factor": LONG_FACTOR},
+        },
+        short_factor=LONG_FACTOR,
+    ),
+    "gemma": Case(
+        config="GemmaConfig",
+        settings={"head_dim": 24},
+        draw=GEMMA_DRAW,
+        rewrite={"hidden_act": "gelu", "tie_word_embeddings": None},
+    ),
+    "gemma2": Case(
+        config="Gemma2Config",
+        settings={
+            "head_dim": 24,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 1.0,
+        },
+        draw=GEMMA_DRAW,
+        rewrite={"layer_types": None, "tie_word_embeddings": None},
+        is_windowed=True,
+    ),
+    "gemma3": Case(
+        config="Gemma3TextConfig",
+        settings={
+            "num_hidden_layers": 3,
+            "head_dim": 24,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {"sliding_attention": rope("default"), "full_attention": rope("linear", factor=8.0)},
+        },
+        draw=GEMMA_DRAW,
+        is_windowed=True,
+    ),
+    "gemma3-hub": Case(
+        config="Gemma3TextConfig",
+        settings={"head_dim": 24, "sliding_window": WINDOW, "sliding_window_pattern": 2},
+        draw=GEMMA_DRAW,
+        rewrite={
+            "layer_types": None,
+            "rope_parameters": None,
+            "sliding_window_pattern": 2,
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "rope_scaling": None,
+        },
+        is_windowed=True,
+    ),
+    "mixtral": Case(
+        config="MixtralConfig",
+        settings={"sliding_window": WINDOW, "num_local_experts": 5, "num_experts_per_tok": 2},
+        is_windowed=True,
+    ),
+    "mixtral-stacked": Case(
+        config="MixtralConfig", settings={"num_local_experts": 3}, save={"save_original_format": False}
+    ),
+    "qwen2-moe": Case(config="Qwen2MoeConfig", settings={**MOE, "num_experts_per_tok": 3, "mlp_only_layers": [0]}),
+    "qwen2-moe-window": Case(
+        config="Qwen2MoeConfig",
+        settings={**MOE, "use_sliding_window": True, "sliding_window": WINDOW, "norm_topk_prob": True},
+        rewrite={"layer_types": None},
+        is_windowed=True,
+    ),
+    "qwen3-moe": Case(config="Qwen3MoeConfig", settings={**MOE, "head_dim": 24, "norm_topk_prob": True}),
+    "qwen3-moe-stacked": Case(
+        config="Qwen3MoeConfig", settings={**MOE, "decoder_sparse_step": 2}, save={"save_original_format": False}
+    ),
+    "olmo": Case(config="OlmoConfig", settings={"clip_qkv": 2.0}),
+    "olmo2": Case(config="Olmo2Config"),
+    "stablelm": Case(config="StableLmConfig", settings={"use_qkv_bias": True}),
+    "stablelm-parallel": Case(
+        config="StableLmConfig",
+        settings={"use_parallel_residual": True, "qk_layernorm": True},
+        rewrite={"rope_parameters": None, "rope_theta": 10000, "partial_rotary_factor": 0.25},
+    ),
+    "smollm3": Case(
+        config="SmolLM3Config",
+        settings={"no_rope_layers": [1, 0, 1], "num_hidden_layers": 3},
+        rewrite={"layer_types": None},
+    ),
+    "smollm3-window": Case(
+        config="SmolLM3Config",
+        settings={"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+        rewrite={"layer_types": None, "no_rope_layers": None},
+        is_windowed=True,
+    ),
+}
+
+MODES: dict[str, dict[str, Any]] = {
+    "at once": {"enable_prefix_caching": False},
+    "chunks and prefix hits": {"max_num_batched_tokens": 40, "enable_prefix_caching": True},
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    case = CASES[request.param]
+    config = getattr(transformers, case.config)(**{**SMALL, **case.settings})
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    redraw(model, seed=1, **case.draw)
+    directory = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(directory, **case.save)
+    path = directory / "config.json"
+    written = {**json.loads(path.read_text()), **case.rewrite}
+    path.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
+    if case.short_factor is not None:
+        model.config.rope_parameters["short_factor"] = case.short_factor
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    found = Reference(name=request.param, directory=directory, model=model)
+    yield found
+    found.report()
+
+
+def build(reference: Reference, num_new: int, **settings: Any) -> LLM:
+    longest = min(MAX_PROMPT + num_new, reference.model.config.max_position_embeddings)
+    return LLM(
+        str(reference.directory),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        block_size=BLOCK_SIZE,
+        max_model_len=longest,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_greedy_equals_transformers(reference: Reference, mode: str, count: Callable[..., int]) -> None:
+    num_new, num_prompts = count(24, full=64), count(8, full=32)
+    prompts = prompts_for(reference.model.config.vocab_size, num_prompts)
+    llm = build(reference, num_new, **MODES[mode])
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, logprobs=0, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    if MODES[mode]["enable_prefix_caching"]:
+        again = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        assert sum(o.num_cached_tokens for o in again) > 0
+        outputs += again
+    for output in outputs:
+        assert len(output.outputs[0].token_ids) == num_new
+        reference.check(output)
+    distinct = [len(set(o.outputs[0].token_ids)) / num_new for o in outputs]
+    assert np.mean(distinct) >= 0.5
+    assert llm.engine.stats().kv_cache_usage == 0
+    llm.engine.scheduler.check_integrity()
+    llm.close()
+
+
+def test_logits_equal_transformers(reference: Reference) -> None:
+    (prompt,) = prompts_for(reference.model.config.vocab_size, 1)
+    llm = build(reference, 1, enable_prefix_caching=False, max_num_batched_tokens=MAX_PROMPT)
+    torch.testing.assert_close(logits_of(llm, prompt), reference.logits(prompt), atol=1e-4, rtol=0)
+    llm.close()
+
+
+def test_a_wrong_position_window_or_head_would_show(reference: Reference) -> None:
+    """The checkpoints are drawn so that the comparisons above mean something."""
+    (prompt,) = prompts_for(reference.model.config.vocab_size, 1)
+    model, case = reference.model, CASES[reference.name]
+    right = reference.logits(prompt).argmax(-1)
+
+    moved = torch.arange(len(prompt))[None].clone()
+    moved[0, 100:] += 1
+    assert (reference.logits(prompt, position_ids=moved).argmax(-1) != right).any()
+
+    if case.is_windowed:
+        model.config.sliding_window += 8
+        wider = reference.logits(prompt).argmax(-1)
+        model.config.sliding_window -= 8
+        assert (wider != right).any()
+
+    name = next(n for n, _ in model.named_parameters() if n.endswith(QUERY_WEIGHTS))
+    weight, heads = model.get_parameter(name), model.config.num_attention_heads
+    if "qkv" in name:
+        heads += 2 * model.config.num_key_value_heads
+    kept, size = weight.detach().clone(), weight.shape[0] // heads
+    with torch.no_grad():
+        weight[:size], weight[size : 2 * size] = kept[size : 2 * size], kept[:size]
+        changed = reference.logits(prompt).argmax(-1)
+        weight.copy_(kept)
+    assert (changed != right).any()
