@@ -166,6 +166,16 @@ def test_admission_counts_an_idle_hit_once() -> None:
     assert blocks.can_admit(longer, cached)
 
 
+def test_admission_takes_nothing_off_for_a_hit_that_is_held() -> None:
+    blocks, first, again = manager(4), sequence(9), sequence(9)
+    compute(blocks, first)
+    prefix = blocks.cached_prefix(again)
+    assert prefix.num_blocks == 2
+    assert blocks.can_admit(again, prefix)  # one more block, and there is one
+    compute(blocks, sequence(1, first_token=9))
+    assert not blocks.can_admit(again, prefix)
+
+
 def test_free_blocks_are_used_before_cached_ones_are_evicted() -> None:
     blocks, first, other = manager(4), sequence(2 * SIZE), sequence(2 * SIZE, first_token=9)
     compute(blocks, first)
@@ -364,6 +374,17 @@ def test_admission_counts_only_what_a_window_needs() -> None:
     assert not manager(4, 4, None, max_chunk=8).can_admit(seq, manager(4, 4, None).cached_prefix(seq))
 
 
+def test_admission_counts_only_what_a_window_needs_behind_a_hit() -> None:
+    blocks, old, new = manager(3, 4), sequence(20), sequence(21)
+    for _ in range(5):
+        compute(blocks, old, 4)
+    blocks.free(old)
+    prefix = blocks.cached_prefix(new)
+    assert (prefix.num_blocks, prefix.tables[0].first) == (5, 4)
+    compute(blocks, sequence(1, first_token=9))
+    assert blocks.can_admit(new, prefix)  # takes the hit and the other block that is left
+
+
 @pytest.mark.parametrize(("window", "first"), [(1, 3), (2, 2), (5, 2), (6, 1), (9, 1), (10, 0), (100, 0)])
 def test_a_hit_needs_only_the_windows_blocks(window: int, first: int) -> None:
     blocks, old, new = manager(20, None, window), sequence(3 * SIZE + 1), sequence(3 * SIZE + 1)
@@ -422,6 +443,27 @@ def test_a_group_copies_in_itself() -> None:
     assert copies == [(0, sources[0], table(child)[2]), (1, sources[1], table(child, 1)[1])]
     assert [t.blocks[-1] for t in parent.block_tables] == sources
     blocks.check_integrity([parent, child])
+
+
+def test_a_fork_at_a_blocks_edge_leaves_out_the_last_block() -> None:
+    """Its own first token goes there."""
+    blocks, parent = manager(20, 3, None), sequence(2 * SIZE + 1)
+    for _ in range(2 * SIZE + 1):
+        compute(blocks, parent, 1)
+    assert tables(parent) == [(1, 2), (0, 3)]
+    child = fork(blocks, parent)
+    assert tables(child) == [(1, 1), (0, 2)]
+    assert compute(blocks, child) == []
+    assert tables(child) == tables(parent)
+    blocks.check_integrity([parent, child])
+
+
+def test_a_reset_is_of_every_group() -> None:
+    blocks, seq = manager(20, None, 3, 5), sequence(20)
+    compute(blocks, seq)
+    blocks.reset_cache()
+    assert not any(pool.cache.hashes for pool in blocks.pools)
+    blocks.check_integrity([seq])
 
 
 def test_only_the_group_whose_block_is_shared_copies() -> None:
