@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fairlead.config import EngineConfig as EngineConfig
     from fairlead.engine.async_engine import AsyncEngine as AsyncEngine
     from fairlead.engine.llm import LLM as LLM
+    from fairlead.engine.planner import plan_engine as plan_engine
     from fairlead.errors import FairleadError as FairleadError
     from fairlead.request import CompletionOutput as CompletionOutput
     from fairlead.request import FinishReason as FinishReason
@@ -27,6 +28,7 @@ _HOMES = {
     "FinishReason": "fairlead.request",
     "RequestOutput": "fairlead.request",
     "SamplingParams": "fairlead.request",
+    "plan_engine": "fairlead.engine.planner",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "FinishReason",
     "RequestOutput",
     "SamplingParams",
+    "plan_engine",
 ]
 
 

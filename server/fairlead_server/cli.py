@@ -48,10 +48,22 @@ def fairlead(
 
 @app.command()
 @with_options([*engine_settings(), *server_settings()])
-def serve(model_name: ModelArgument = None, **options: Any) -> None:
+def serve(
+    model_name: ModelArgument = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run and what would fit, load nothing, and exit.")
+    ] = False,
+    **options: Any,
+) -> None:
     """Serve a model over HTTP as OpenAI's API. MODEL is a directory, a Hugging Face id, or 'demo'."""
     settings = gather(options, positional_model=model_name)
     engine_config, server_config = settings.engine_config(), settings.server_config()
+    if dry_run:
+        from fairlead import plan_engine
+        from fairlead_server.banner import engine_lines, layout
+
+        print(layout(engine_lines(plan_engine(engine_config).info, engine_config.platform)))
+        return
     from fairlead_server.serve import serve as serve_http
 
     raise typer.Exit(serve_http(engine_config, server_config))

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import signal
 import socket
@@ -11,13 +10,11 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from fairlead import __version__
-from fairlead.config import EngineConfig, PlatformConfig, ServerConfig
+from fairlead.config import EngineConfig, ServerConfig
 from fairlead.engine.async_engine import AsyncEngine
 from fairlead.errors import FairleadError
-from fairlead.plugins import discover
-from fairlead.request import EngineInfo
 from fairlead_server.app import create_app
+from fairlead_server.banner import banner
 
 DRAIN_S = 30  # how long requests in flight may take to end after a signal
 DEATH_NOTICE_S = 3.0  # how long a server without an engine still says so, before it exits
@@ -149,33 +146,3 @@ class _Service:
         print(f"error: {engine.cause}; the server stops", file=sys.stderr, flush=True)
         await asyncio.sleep(DEATH_NOTICE_S)
         http.should_exit = True
-
-
-def banner(info: EngineInfo, asked: PlatformConfig, host: str, port: int) -> str:
-    """What was loaded, what fits, and how to ask for the first answer."""
-    num_tokens = info.num_blocks * info.block_size
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    lines = {
-        "model": f"{info.model}, {info.dtype}, weights {info.weights_bytes / 2**30:.2f} GiB",
-        "platform": f"{info.platform}, {info.device}; {_why(info.platform, asked)}",
-        "attention": info.attention_backend,
-        "KV cache": f"{info.num_blocks} blocks = {num_tokens} tokens = {num_tokens / info.max_model_len:.1f} concurrent"
-        f" requests × {info.max_model_len} tokens ({info.kv_cache_bytes / 2**30:.2f} GiB)",
-        "listening": f"{url}/v1",
-        "try": f"curl {url}/v1/completions -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{info.model}", "prompt": "Once", "max_tokens": 32}}'""",
-    }
-    if not _is_loopback(host):
-        lines["warning"] = f"anyone who reaches {host} can use this server: it asks for no key"
-    return "\n".join([f"Fairlead {__version__}", *(f"  {name:<10} {text}" for name, text in lines.items())])
-
-
-def _why(platform: str, asked: PlatformConfig) -> str:
-    if asked.platform is not None:
-        return "asked for"
-    others = [record.name for record in discover() if record.status == "available" and record.name != platform]
-    return f"highest priority, before {', '.join(others)}" if others else "the only one available"
-
-
-def _is_loopback(host: str) -> bool:
-    return ipaddress.ip_address(host.split("%")[0]).is_loopback

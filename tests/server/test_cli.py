@@ -219,6 +219,22 @@ def test_what_only_informs_imports_nothing_heavy(arguments: str) -> None:
     assert (done.returncode, done.stderr.strip()) == (0, "HEAVY"), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        ("--num-blocks 64", 0, "64 blocks = 1024 tokens = 1.0 concurrent requests × 1024 tokens"),
+        ("--num-blocks 10", 1, "set --max-model-len to at most 160"),
+        ("--attention-backend none", 2, "attention_backend none (it has sdpa, reference)"),
+    ],
+)
+def test_a_dry_run_says_what_fits_and_serves_nothing(arguments: str, status: int, expected: str) -> None:
+    command = [sys.executable, "-m", "fairlead_server.cli", "serve", "demo", "--dry-run", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert expected in (done.stderr if status else done.stdout)
+    assert "http" not in done.stdout
+
+
 def test_the_module_serves_like_the_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fairlead_server", "--port", "99999"], capture_output=True, text=True, check=False

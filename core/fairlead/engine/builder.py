@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fairlead.config import EngineConfig
 from fairlead.engine.model_runner import ModelRunner
-from fairlead.engine.planner import EnginePlan, plan
+from fairlead.engine.planner import EnginePlan, plan_engine
 from fairlead.models import loader
 
 
@@ -19,9 +19,9 @@ class BuiltEngine:
 def build(config: EngineConfig) -> BuiltEngine:
     """Loads the model of a config onto its platform.
 
-    Raises what `plan` raises, and ModelError where a file turns out broken; each says what to do.
+    Raises what `plan_engine` raises, and ModelError where a file turns out broken; each says what to do.
     """
-    found = plan(config)
+    found = plan_engine(config)
     model = found.build_model()
     if config.model.load_format == "dummy":
         loader.dummy_weights(model, found.platform.allocator, seed=config.model.seed)

@@ -59,7 +59,7 @@ class EnginePlan:
         return model
 
 
-def plan(config: EngineConfig) -> EnginePlan:
+def plan_engine(config: EngineConfig) -> EnginePlan:
     """Settles everything about an engine, from the model's files alone.
 
     Raises ModelError, PluginError, ConfigError or KVCacheMemoryError; each says what to do.

@@ -1,0 +1,49 @@
+"""What a server says about itself when it starts."""
+
+import ipaddress
+
+from fairlead import __version__
+from fairlead.config import PlatformConfig
+from fairlead.plugins import discover
+from fairlead.request import EngineInfo
+
+
+def banner(info: EngineInfo, asked: PlatformConfig, host: str, port: int) -> str:
+    """What was loaded, what fits, and how to ask for the first answer."""
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    lines = engine_lines(info, asked) | {
+        "listening": f"{url}/v1",
+        "try": f"curl {url}/v1/completions -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "{info.model}", "prompt": "Once", "max_tokens": 32}}'""",
+    }
+    if not _is_loopback(host):
+        lines["warning"] = f"anyone who reaches {host} can use this server: it asks for no key"
+    return layout(lines)
+
+
+def engine_lines(info: EngineInfo, asked: PlatformConfig) -> dict[str, str]:
+    """The banner's lines on the engine, by name."""
+    num_tokens = info.num_blocks * info.block_size
+    return {
+        "model": f"{info.model}, {info.dtype}, weights {info.weights_bytes / 2**30:.2f} GiB",
+        "platform": f"{info.platform}, {info.device}; {_why(info.platform, asked)}",
+        "attention": info.attention_backend,
+        "KV cache": f"{info.num_blocks} blocks = {num_tokens} tokens = {num_tokens / info.max_model_len:.1f} concurrent"
+        f" requests × {info.max_model_len} tokens ({info.kv_cache_bytes / 2**30:.2f} GiB)",
+    }
+
+
+def layout(lines: dict[str, str]) -> str:
+    """A title, then each line under its name."""
+    return "\n".join([f"Fairlead {__version__}", *(f"  {name:<10} {text}" for name, text in lines.items())])
+
+
+def _why(platform: str, asked: PlatformConfig) -> str:
+    if asked.platform is not None:
+        return "asked for"
+    others = [record.name for record in discover() if record.status == "available" and record.name != platform]
+    return f"highest priority, before {', '.join(others)}" if others else "the only one available"
+
+
+def _is_loopback(host: str) -> bool:
+    return ipaddress.ip_address(host.split("%")[0]).is_loopback
