@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "window in a block": {"sliding_window": 5},
     "window of a block": {"sliding_window": 16},
     "window over blocks": {"sliding_window": 23},
+    "window of a prompt": {"sliding_window": 40},
     "window never left": {"sliding_window": 1000},
     "cap": {"soft_cap": 1.5},
     "alibi": {"alibi": True},
@@ -231,7 +232,7 @@ def test_head_ratios(name: str, heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_of_attention(name: str, kind: str, dtype: str) -> None:
     rng = np.random.default_rng(len(kind))
-    lens = [*EDGES, (1, 90), (1, 64), (7, 64), (23, 24), (40, 40), (50, 90), (24, 100), (1, 91)]
+    lens = [*EDGES, (1, 90), (1, 64), (7, 64), (23, 24), (40, 40), (41, 41), (50, 90), (24, 100), (1, 91)]
     check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), lens), fused=True)
     check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(64, 64)]))
     check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(1, 64)]))

@@ -216,6 +216,16 @@ def test_forks_copy_where_they_part(length: int) -> None:
     assert engine.stats.num_prompt_tokens == length  # once, not once a sibling
 
 
+def test_the_seeds_of_siblings_differ_and_have_64_bits() -> None:
+    engine = Engine(num_blocks=128, max_num_seqs=128, budget=128)
+    request = Request(request_id="a", prompt_token_ids=(10,), params=SamplingParams(n=128))
+    engine.scheduler.add(request, seed=2**64 - 1)
+    seeds = [engine.step().chunks[0].sample_seed]
+    seeds += [chunk.sample_seed for chunk in engine.step().chunks[1:]]
+    assert len(set(seeds)) == 128
+    assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds)
+
+
 def test_siblings_of_a_hit_report_it() -> None:
     engine = Engine()
     engine.add("first", 10, max_tokens=1)
