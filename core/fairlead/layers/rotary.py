@@ -8,6 +8,7 @@ import torch
 
 from fairlead.errors import CheckpointError, UnsupportedModelError
 from fairlead.layers.context import BuildContext
+from fairlead.models.config import optional_positive_number, positive_number
 
 SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ALIASES = {"su": "longrope"}  # the first Phi-3 checkpoints
@@ -23,18 +24,18 @@ class Rotary(torch.nn.Module):
     def __init__(self, head_size: int, params: Mapping[str, Any], ctx: BuildContext) -> None:
         super().__init__()
         self._rotate = ctx.ops.rotary_embedding
-        self._is_partial = params["partial_rotary_factor"] != 1
-        self.rotary_size = int(head_size * params["partial_rotary_factor"])
+        factor = positive_number(params, "partial_rotary_factor")
+        self._is_partial, self.rotary_size = factor != 1, int(head_size * factor)
         if not 0 < self.rotary_size <= head_size or self.rotary_size % 2:
             raise UnsupportedModelError(
-                f"partial_rotary_factor {params['partial_rotary_factor']} rotates {self.rotary_size} of {head_size} "
+                f"partial_rotary_factor {factor} rotates {self.rotary_size} of {head_size} "
                 "dimensions; it must be an even number of them"
             )
-        inv_freq, factor = inverse_frequencies(self.rotary_size, params, max_model_len=ctx.max_model_len)
+        inv_freq, attention_factor = inverse_frequencies(self.rotary_size, params, max_model_len=ctx.max_model_len)
         positions = torch.arange(ctx.max_model_len, dtype=torch.float32)
         angles = torch.outer(positions, inv_freq).repeat(1, 2)
-        self.cos_PD = (angles.cos() * factor).to(ctx.device, ctx.dtype)
-        self.sin_PD = (angles.sin() * factor).to(ctx.device, ctx.dtype)
+        self.cos_PD = (angles.cos() * attention_factor).to(ctx.device, ctx.dtype)
+        self.sin_PD = (angles.sin() * attention_factor).to(ctx.device, ctx.dtype)
 
     def forward(
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
@@ -75,10 +76,10 @@ def inverse_frequencies(
         if params.get(key) is not None:
             raise UnsupportedModelError(f"rotary setting {key} is not supported; got {params[key]!r}")
     exponents = torch.arange(0, rotary_size, 2, dtype=torch.int64).float() / rotary_size
-    periods: torch.Tensor = _number(params, "rope_theta") ** exponents
+    periods: torch.Tensor = positive_number(params, "rope_theta") ** exponents
     inv_freq = 1.0 / periods
     if kind == "linear":
-        return inv_freq / _number(params, "factor"), 1.0
+        return inv_freq / positive_number(params, "factor"), 1.0
     if kind == "llama3":
         return _llama3(inv_freq, params), 1.0
     if kind == "yarn":
@@ -96,15 +97,10 @@ def yarn_mscale(factor: float, weight: float = 1.0) -> float:
 def context_factor(params: Mapping[str, Any]) -> float:
     """How many times the original context the model was stretched to."""
     if params.get("factor") is not None:
-        return _number(params, "factor")
-    return _number(params, "max_position_embeddings") / _number(params, "original_max_position_embeddings")
-
-
-def _number(params: Mapping[str, Any], key: str) -> float:
-    value = params.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise CheckpointError(f"config.json: rotary setting {key} must be a number above 0, got {value!r}")
-    return value
+        return positive_number(params, "factor")
+    return positive_number(params, "max_position_embeddings") / positive_number(
+        params, "original_max_position_embeddings"
+    )
 
 
 def _llama3(inv_freq: torch.Tensor, params: Mapping[str, Any]) -> torch.Tensor:
@@ -112,8 +108,8 @@ def _llama3(inv_freq: torch.Tensor, params: Mapping[str, Any]) -> torch.Tensor:
 
     Source: Meta, llama-models, `apply_scaling` of Llama 3.1.
     """
-    factor, low, high = (_number(params, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = _number(params, "original_max_position_embeddings")
+    factor, low, high = (positive_number(params, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = positive_number(params, "original_max_position_embeddings")
     wavelength = 2 * math.pi / inv_freq
     blend = (original / wavelength - low) / (high - low)
     blended = (1 - blend) * inv_freq / factor + blend * inv_freq
@@ -128,19 +124,19 @@ def _yarn(periods: torch.Tensor, rotary_size: int, params: Mapping[str, Any]) ->
 
     Source: Peng et al., "YaRN" (2023), sections 3.2 to 3.4.
     """
-    factor, theta = context_factor(params), _number(params, "rope_theta")
-    original = _number(params, "original_max_position_embeddings")
+    factor, theta = context_factor(params), positive_number(params, "rope_theta")
+    original = positive_number(params, "original_max_position_embeddings")
 
     def dimension_of(num_turns: float) -> float:
         return rotary_size * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension_of(params.get("beta_fast") or 32), dimension_of(params.get("beta_slow") or 1)
+    low, high = (dimension_of(positive_number(params, *beta)) for beta in (("beta_fast", 32), ("beta_slow", 1)))
     if params.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_size - 1)
     ramp = (torch.arange(len(periods), dtype=torch.float32) - low) / (high - low or 0.001)
     stretched = ramp.clamp(0, 1)
-    attention_factor = params.get("attention_factor")
+    attention_factor = optional_positive_number(params, "attention_factor")
     if attention_factor is None:
         attention_factor = yarn_mscale(factor)
         if params.get("mscale") and params.get("mscale_all_dim"):
@@ -154,12 +150,12 @@ def _longrope(periods: torch.Tensor, params: Mapping[str, Any], max_model_len: i
     Keys in the cache cannot be rotated again when a sequence grows long, so the list is chosen once: the long one
     if `max_model_len` exceeds the original context. Source: Ding et al., "LongRoPE" (2024), section 3.
     """
-    original = _number(params, "original_max_position_embeddings")
+    original = positive_number(params, "original_max_position_embeddings")
     key = "long_factor" if max_model_len > original else "short_factor"
     divisors = params.get(key)
     if not isinstance(divisors, list) or len(divisors) != len(periods):
         raise CheckpointError(f"config.json: rotary setting {key} must be a list of {len(periods)} numbers")
-    attention_factor = params.get("attention_factor")
+    attention_factor = optional_positive_number(params, "attention_factor")
     if attention_factor is None:
         factor = context_factor(params)
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

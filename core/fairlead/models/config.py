@@ -33,8 +33,18 @@ class ModelShape:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_size=positive_int(config, "head_dim", hidden // heads),
-            max_positions=positive_int(config, "max_position_embeddings", 2048),
+            max_positions=_max_positions(config),
         )
+
+
+def _max_positions(config: Mapping[str, Any]) -> int:
+    """max_position_embeddings, or what YaRN stretches the original context to, where that is longer."""
+    longest = positive_int(config, "max_position_embeddings", 2048)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("original_max_position_embeddings"):
+        stretched = positive_int(rope, "original_max_position_embeddings") * positive_number(rope, "factor", 1)
+        return max(longest, int(stretched))
+    return longest
 
 
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -45,6 +55,21 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
     return value
+
+
+def positive_number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """config[key], or the default where the key is missing or null; raises CheckpointError if it is no number > 0."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise CheckpointError(f"config.json: {key} must be a number above 0, got {value!r}")
+    return value
+
+
+def optional_positive_number(config: Mapping[str, Any], key: str) -> float | None:
+    """config[key], or None where the key is missing or null; raises CheckpointError if it is no number > 0."""
+    return None if config.get(key) is None else positive_number(config, key)
 
 
 def at_most(config: Mapping[str, Any], key: str, limit: int, default: int | None = None) -> int:

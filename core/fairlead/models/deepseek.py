@@ -20,7 +20,7 @@ from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.moe import MoE, Router
 from fairlead.layers.norm import RMSNorm
 from fairlead.layers.rotary import Rotary, context_factor, rope_params, yarn_mscale
-from fairlead.models.config import ModelShape, at_most, optional_positive_int, positive_int, refuse
+from fairlead.models.config import ModelShape, at_most, optional_positive_int, positive_int, positive_number, refuse
 from fairlead.models.llama import LlamaForCausalLM
 
 _LATENT_EPS = 1e-6  # of the norms within attention; it is not the config's
@@ -38,7 +38,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
 
     def mlp(self, index: int) -> torch.nn.Module:
         refuse(self.config, "moe_layer_freq", 1)
-        if index < self.config["first_k_dense_replace"]:
+        if index < (self.config["first_k_dense_replace"] or 0):
             return super().mlp(index)
         refuse(self.config, "hidden_act", "silu")
         spec = self.routing()
@@ -61,7 +61,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
         return MoeSpec(
             num_experts=X,
             top_k=at_most(self.config, "num_experts_per_tok", X // groups * top_groups),
-            scale=float(self.config.get("routed_scaling_factor", 1.0)),
+            scale=positive_number(self.config, "routed_scaling_factor", 1.0),
             num_groups=groups,
             top_groups=top_groups,
         )
@@ -96,7 +96,7 @@ class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
             top_k=at_most(self.config, "num_experts_per_tok", X // groups * top_groups),
             scoring="sigmoid",
             normalize=bool(self.config["norm_topk_prob"]),
-            scale=float(self.config["routed_scaling_factor"]),
+            scale=positive_number(self.config, "routed_scaling_factor"),
             num_groups=groups,
             top_groups=top_groups,
             group_top=min(2, X // groups),

@@ -15,7 +15,7 @@ from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.norm import Norm, RMSNorm
 from fairlead.layers.rotary import Rotary, rope_params
-from fairlead.models.config import ModelShape, positive_int
+from fairlead.models.config import ModelShape, positive_int, positive_number
 
 
 class LlamaForCausalLM(torch.nn.Module):
@@ -59,7 +59,7 @@ class LlamaForCausalLM(torch.nn.Module):
         return OutputHead(self.shape.vocab_size, self.shape.hidden_size, self.ctx, tied_to=tied_to)
 
     def norm(self, size: int) -> Norm:
-        return RMSNorm(size, float(self.config.get("rms_norm_eps", 1e-6)), self.ctx)
+        return RMSNorm(size, positive_number(self.config, "rms_norm_eps", 1e-6), self.ctx)
 
     def layer(self, index: int) -> torch.nn.Module:
         E = self.shape.hidden_size

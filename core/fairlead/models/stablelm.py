@@ -12,7 +12,7 @@ import torch
 from fairlead.layers.context import BuildContext
 from fairlead.layers.decoder import AttentionOptions, ParallelLayer, SelfAttention
 from fairlead.layers.norm import LayerNorm, Norm
-from fairlead.models.config import refuse
+from fairlead.models.config import positive_number, refuse
 from fairlead.models.llama import LlamaForCausalLM
 
 
@@ -43,7 +43,7 @@ class StableLmForCausalLM(LlamaForCausalLM):
 
     @property
     def _eps(self) -> float:
-        return float(self.config.get("layer_norm_eps", 1e-5))
+        return positive_number(self.config, "layer_norm_eps", 1e-5)
 
 
 class HeadLayerNorm(torch.nn.Module):

@@ -64,6 +64,10 @@ UNSUPPORTED = [
 BROKEN = [
     ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
     ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "factor"),
+    ("LlamaForCausalLM", {"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "yarn", "factor": 4, "beta_fast": -1}}, "beta_fast"),
+    ("OlmoForCausalLM", {"clip_qkv": 0}, "clip_qkv"),
+    ("StableLmForCausalLM", {"partial_rotary_factor": "half"}, "partial_rotary_factor"),
     ("Phi3ForCausalLM", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "short_factor"),
     ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window"),
     ("Qwen2ForCausalLM", {"layer_types": ["full_attention"]}, "layer_types"),
