@@ -8,7 +8,7 @@ import torch
 
 from fairlead.errors import CheckpointError, UnsupportedModelError
 from fairlead.layers.context import BuildContext
-from fairlead.models.config import positive_number
+from fairlead.models.config import optional_positive_number, positive_number
 
 SUPPORTED = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ALIASES = {"su": "longrope"}  # the first Phi-3 checkpoints
@@ -24,18 +24,18 @@ class Rotary(torch.nn.Module):
     def __init__(self, head_size: int, params: Mapping[str, Any], ctx: BuildContext) -> None:
         super().__init__()
         self._rotate = ctx.ops.rotary_embedding
-        self._is_partial = params["partial_rotary_factor"] != 1
-        self.rotary_size = int(head_size * params["partial_rotary_factor"])
+        factor = positive_number(params, "partial_rotary_factor")
+        self._is_partial, self.rotary_size = factor != 1, int(head_size * factor)
         if not 0 < self.rotary_size <= head_size or self.rotary_size % 2:
             raise UnsupportedModelError(
-                f"partial_rotary_factor {params['partial_rotary_factor']} rotates {self.rotary_size} of {head_size} "
+                f"partial_rotary_factor {factor} rotates {self.rotary_size} of {head_size} "
                 "dimensions; it must be an even number of them"
             )
-        inv_freq, factor = inverse_frequencies(self.rotary_size, params, max_model_len=ctx.max_model_len)
+        inv_freq, attention_factor = inverse_frequencies(self.rotary_size, params, max_model_len=ctx.max_model_len)
         positions = torch.arange(ctx.max_model_len, dtype=torch.float32)
         angles = torch.outer(positions, inv_freq).repeat(1, 2)
-        self.cos_PD = (angles.cos() * factor).to(ctx.device, ctx.dtype)
-        self.sin_PD = (angles.sin() * factor).to(ctx.device, ctx.dtype)
+        self.cos_PD = (angles.cos() * attention_factor).to(ctx.device, ctx.dtype)
+        self.sin_PD = (angles.sin() * attention_factor).to(ctx.device, ctx.dtype)
 
     def forward(
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
@@ -137,13 +137,13 @@ def _yarn(periods: torch.Tensor, rotary_size: int, params: Mapping[str, Any]) ->
     def dimension_of(num_turns: float) -> float:
         return rotary_size * math.log(original / (num_turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = dimension_of(params.get("beta_fast") or 32), dimension_of(params.get("beta_slow") or 1)
+    low, high = (dimension_of(positive_number(params, *beta)) for beta in (("beta_fast", 32), ("beta_slow", 1)))
     if params.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_size - 1)
     ramp = (torch.arange(len(periods), dtype=torch.float32) - low) / (high - low or 0.001)
     stretched = ramp.clamp(0, 1)
-    attention_factor = params.get("attention_factor")
+    attention_factor = optional_positive_number(params, "attention_factor")
     if attention_factor is None:
         attention_factor = yarn_mscale(factor)
         if params.get("mscale") and params.get("mscale_all_dim"):
@@ -162,7 +162,7 @@ def _longrope(periods: torch.Tensor, params: Mapping[str, Any], max_model_len: i
     divisors = params.get(key)
     if not isinstance(divisors, list) or len(divisors) != len(periods):
         raise CheckpointError(f"config.json: rotary setting {key} must be a list of {len(periods)} numbers")
-    attention_factor = params.get("attention_factor")
+    attention_factor = optional_positive_number(params, "attention_factor")
     if attention_factor is None:
         factor = context_factor(params)
         attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))

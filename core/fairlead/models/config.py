@@ -40,8 +40,20 @@ class ModelShape:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_size=head_size,
-            max_positions=positive_int(config, "max_position_embeddings", 2048),
+            max_positions=_max_positions(config),
         )
+
+
+def _max_positions(config: Mapping[str, Any]) -> int:
+    """max_position_embeddings, or what YaRN stretches the original context to, where that is longer."""
+    longest = positive_int(config, "max_position_embeddings", 2048)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        return longest  # rope_params says what is wrong with it
+    if rope.get("rope_type", rope.get("type")) == "yarn" and rope.get("original_max_position_embeddings"):
+        stretched = positive_int(rope, "original_max_position_embeddings") * positive_number(rope, "factor", 1)
+        return max(longest, int(stretched))
+    return longest
 
 
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None, *, most: int = _MAX_SIZE) -> int:
@@ -71,12 +83,9 @@ def _shown(value: object) -> str:
         return "one of too many digits"
 
 
-def at_most(config: Mapping[str, Any], key: str, limit: int, default: int | None = None) -> int:
-    """A positive int of at most `limit`; raises CheckpointError."""
-    value = positive_int(config, key, default)
-    if value > limit:
-        raise CheckpointError(f"config.json: {key} must be at most {limit}, got {value}")
-    return value
+def optional_positive_number(config: Mapping[str, Any], key: str) -> float | None:
+    """config[key], or None where the key is missing or null; raises CheckpointError if it is no number > 0."""
+    return None if config.get(key) is None else positive_number(config, key)
 
 
 def optional_positive_int(config: Mapping[str, Any], key: str) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.norm import GemmaRMSNorm, Norm
-from fairlead.models.config import positive_int, positive_number, refuse
+from fairlead.models.config import optional_positive_number, positive_int, positive_number, refuse
 from fairlead.models.llama import LlamaForCausalLM
 
 
@@ -30,7 +30,7 @@ class GemmaForCausalLM(LlamaForCausalLM):
     def output_head(self, embedding: Embedding) -> OutputHead:
         refuse(self.config, "use_bidirectional_attention", False)
         tied_to = embedding if self.config["tie_word_embeddings"] else None
-        soft_cap = self.config.get("final_logit_softcapping")
+        soft_cap = optional_positive_number(self.config, "final_logit_softcapping")
         return OutputHead(self.shape.vocab_size, self.shape.hidden_size, self.ctx, tied_to=tied_to, soft_cap=soft_cap)
 
     def norm(self, size: int) -> Norm:

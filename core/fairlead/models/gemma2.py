@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fairlead.layers.decoder import AttentionOptions, SandwichLayer
-from fairlead.models.config import layer_windows, positive_int
+from fairlead.models.config import layer_windows, optional_positive_number, positive_number
 from fairlead.models.gemma import GemmaForCausalLM
 
 
@@ -32,9 +32,9 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
     def attention_options(self, index: int) -> AttentionOptions:
         return replace(
             super().attention_options(index),
-            scale=positive_int(self.config, "query_pre_attn_scalar") ** -0.5,
+            scale=positive_number(self.config, "query_pre_attn_scalar") ** -0.5,
             sliding_window=self.windows()[index],
-            soft_cap=self.config["attn_logit_softcapping"],
+            soft_cap=optional_positive_number(self.config, "attn_logit_softcapping"),
         )
 
     def windows(self) -> tuple[int | None, ...]:

@@ -21,7 +21,6 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         "max_position_embeddings": 131072,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
-        "sliding_window_pattern": 6,
     }
 
     def attention(self, index: int) -> SelfAttention:
@@ -35,7 +34,7 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
         return replace(super().attention_options(index), rotary=self.rotary(self._rope_params(is_local)))
 
     def windows(self) -> tuple[int | None, ...]:
-        pattern = positive_int(self.config, "sliding_window_pattern")
+        pattern = positive_int(self.config, "sliding_window_pattern", 6)
         return layer_windows(self.config, self.shape.num_layers, lambda i: (i + 1) % pattern != 0)
 
     def _rope_params(self, is_local: bool) -> dict[str, Any]:

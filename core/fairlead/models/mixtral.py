@@ -10,7 +10,7 @@ import torch
 
 from fairlead.interface import MoeSpec
 from fairlead.layers.moe import MoE
-from fairlead.models.config import at_most, positive_int, refuse
+from fairlead.models.config import positive_int, refuse
 from fairlead.models.mistral import MistralForCausalLM
 
 
@@ -28,6 +28,6 @@ class MixtralForCausalLM(MistralForCausalLM):
     def mlp(self, index: int) -> torch.nn.Module:
         refuse(self.config, "hidden_act", "silu")
         X = positive_int(self.config, "num_local_experts")
-        spec = MoeSpec(num_experts=X, top_k=at_most(self.config, "num_experts_per_tok", X), normalize=True)
+        spec = MoeSpec(num_experts=X, top_k=positive_int(self.config, "num_experts_per_tok", most=X), normalize=True)
         F = positive_int(self.config, "intermediate_size")
         return MoE(self.shape.hidden_size, F, spec, self.ctx, names=("w1", "w3", "w2"))

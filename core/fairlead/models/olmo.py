@@ -13,6 +13,7 @@ import torch
 
 from fairlead.layers.decoder import AttentionOptions, PostNormLayer, SelfAttention
 from fairlead.layers.norm import LayerNorm, Norm
+from fairlead.models.config import optional_positive_number
 from fairlead.models.llama import LlamaForCausalLM
 
 
@@ -21,7 +22,7 @@ class OlmoForCausalLM(LlamaForCausalLM):
         return LayerNorm(size, 1e-5, self.ctx, elementwise_affine=False)
 
     def attention_options(self, index: int) -> AttentionOptions:
-        return replace(super().attention_options(index), clip=self.config.get("clip_qkv"))
+        return replace(super().attention_options(index), clip=optional_positive_number(self.config, "clip_qkv"))
 
 
 class Olmo2ForCausalLM(LlamaForCausalLM):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from fairlead.layers.decoder import AttentionOptions
-from fairlead.models.config import layer_windows, positive_int
+from fairlead.models.config import layer_windows, positive_int, refuse
 from fairlead.models.llama import LlamaForCausalLM
 
 
@@ -16,6 +16,7 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
     defaults: ClassVar[Mapping[str, Any]] = {"max_position_embeddings": 32768, "sliding_window": 4096}
 
     def attention_options(self, index: int) -> AttentionOptions:
+        refuse(self.config, "use_mrope", False)
         window = qwen_windows(self.config, self.shape.num_layers)[index]
         return replace(super().attention_options(index), qkv_bias=True, output_bias=False, sliding_window=window)
 

@@ -16,7 +16,7 @@ from fairlead.layers.decoder import AttentionOptions
 from fairlead.layers.linear import Linear
 from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.moe import MoE
-from fairlead.models.config import ModelShape, at_most, layer_windows, optional_positive_int, positive_int, refuse
+from fairlead.models.config import ModelShape, layer_windows, optional_positive_int, positive_int, refuse
 from fairlead.models.llama import LlamaForCausalLM
 from fairlead.models.qwen3 import Qwen3ForCausalLM
 
@@ -91,7 +91,7 @@ def routed_experts(config: Mapping[str, Any], shape: ModelShape, ctx: BuildConte
     X = positive_int(config, "num_experts", config.get("num_local_experts"))
     spec = MoeSpec(
         num_experts=X,
-        top_k=at_most(config, "num_experts_per_tok", X),
+        top_k=positive_int(config, "num_experts_per_tok", most=X),
         normalize=bool(config.get("norm_topk_prob", False)),
     )
     return MoE(shape.hidden_size, positive_int(config, "moe_intermediate_size"), spec, ctx)

@@ -11,6 +11,8 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.models.config import ModelShape, refuse
 
 _ARCHITECTURES = {
+    "DeepseekV2ForCausalLM": "fairlead.models.deepseek:DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM": "fairlead.models.deepseek:DeepseekV3ForCausalLM",
     "Gemma2ForCausalLM": "fairlead.models.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "fairlead.models.gemma3:Gemma3ForCausalLM",
     "GemmaForCausalLM": "fairlead.models.gemma:GemmaForCausalLM",

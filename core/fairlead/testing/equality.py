@@ -88,11 +88,14 @@ def logits_of(llm: LLM, token_ids: list[int]) -> torch.Tensor:
     return logits_TV
 
 
-def redraw(model: Any, *, seed: int, norms_less_one: bool = False, embedding_scale: float = 1.0) -> None:
+def redraw(
+    model: Any, *, seed: int, norms_less_one: bool = False, embedding_scale: float = 1.0, gain: float = 1.5
+) -> None:
     """Draws all weights of a transformers model anew, so that outputs vary and a wrong position or head shows.
 
     Inputs of variance 1 keep about that variance, and attention scores spread by about 4. `norms_less_one` is for
-    norms whose weight is stored less one, `embedding_scale` for models that multiply their embeddings by that.
+    norms whose weight is stored less one, `embedding_scale` for models that multiply their embeddings by that. `gain`
+    is that of a matrix: the larger, the more outputs vary, and the more rounding errors grow on the way.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = dict(model.named_parameters())
@@ -100,10 +103,10 @@ def redraw(model: Any, *, seed: int, norms_less_one: bool = False, embedding_sca
     with torch.no_grad():
         for name, tensor in tensors.items():
             noise = torch.empty(tensor.shape).normal_(generator=generator)
-            tensor.copy_(_drawn(name, noise, norms_less_one, embedding_scale))
+            tensor.copy_(_drawn(name, noise, norms_less_one, embedding_scale, gain))
 
 
-def _drawn(name: str, noise: torch.Tensor, norms_less_one: bool, embedding_scale: float) -> torch.Tensor:
+def _drawn(name: str, noise: torch.Tensor, norms_less_one: bool, embedding_scale: float, gain: float) -> torch.Tensor:
     layer, leaf = name.split(".")[-2:] if "." in name else ("", name)
     if leaf == "e_score_correction_bias":
         return noise * 0.1
@@ -118,5 +121,6 @@ def _drawn(name: str, noise: torch.Tensor, norms_less_one: bool, embedding_scale
         # The final norm has both signs: else a tied head, whose rows are the embeddings, repeats the last token.
         weight = noise.sign() if name == "model.norm.weight" else mean + 0.2 * noise
         return weight - 1.0 if norms_less_one else weight
-    gain = 3.0 if layer in ("q_proj", "qkv_proj", "q_b_proj") else 1.5
+    if layer in ("q_proj", "qkv_proj", "q_b_proj"):
+        gain *= 2
     return noise * (gain / math.sqrt(noise.shape[-1]))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fairlead.errors import CheckpointError
-from fairlead.models.config import ModelShape, positive_int, positive_number
+from fairlead.models.config import ModelShape, layer_windows, positive_int, positive_number
 
 CONFIG = {
     "vocab_size": 128,
@@ -91,3 +91,25 @@ def test_positive_number() -> None:
     for value in (None, 0, -1.0, "1", True, [1], float("nan"), float("inf"), 1e300, HUGE):
         with pytest.raises(CheckpointError, match=r"config\.json: a must be a number above 0"):
             positive_number({"a": value}, "a")
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("settings", "longest"),
+    [
+        ({}, 2048),
+        ({"max_position_embeddings": 64, "rope_scaling": YARN}, 256),
+        ({"max_position_embeddings": 512, "rope_parameters": YARN}, 512),
+        ({"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 4.0}}, 64),
+    ],
+)
+def test_the_longest_context(settings: dict[str, Any], longest: int) -> None:
+    assert ModelShape.of({**without("max_position_embeddings"), **settings}).max_positions == longest
+
+
+def test_layer_types_come_before_the_rule() -> None:
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert layer_windows({"layer_types": kinds, "sliding_window": 8}, 3, lambda i: True) == (None, 8, None)
+    assert layer_windows({"sliding_window": 8}, 3, lambda i: i == 2) == (None, None, 8)
