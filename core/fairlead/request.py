@@ -1,15 +1,13 @@
 """What goes into the engine and what comes out of it: plain data, no torch."""
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from fairlead.errors import ContextLengthError, RequestError
-
-MAX_LOGPROBS = 20
-MAX_N = 128
-MAX_STOP_STRINGS = 64
+from fairlead.sampling_params import MAX_LOGPROBS as MAX_LOGPROBS
+from fairlead.sampling_params import MAX_N as MAX_N
+from fairlead.sampling_params import SamplingParams as SamplingParams
 
 
 class FinishReason(StrEnum):
@@ -21,85 +19,12 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the model gave NaN, or the engine failed
 
 
-def _check(condition: bool, name: str, value: object, want: str) -> None:
-    if not condition:
-        raise RequestError(f"{name} must be {want}, got {value!r:.100}", param=name)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How one request is sampled. Names and defaults are vLLM's.
-
-    temperature 0 is greedy. top_k 0 and -1 both mean off. `seed` makes the request reproducible whatever shares its
-    batch. `logprobs=k` returns the k best of every position beside the sampled token. `max_tokens=None` generates up
-    to the end of the context. Raises RequestError (a ValueError) on a value out of range.
-    """
-
-    n: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    max_tokens: int | None = 16
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    skip_special_tokens: bool = True
-    detokenize: bool = True
-
-    def __post_init__(self) -> None:
-        stop: object = self.stop
-        if isinstance(stop, str):
-            object.__setattr__(self, "stop", (stop,))
-        elif stop is None or isinstance(stop, (list, tuple)):
-            object.__setattr__(self, "stop", tuple(stop or ()))
-        ids: object = self.stop_token_ids
-        if ids is None or isinstance(ids, (list, tuple)):
-            object.__setattr__(self, "stop_token_ids", tuple(ids or ()))
-        _check(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
-        for name, low, high, want in (
-            ("temperature", 0.0, math.inf, "a finite number >= 0"),
-            ("top_p", 0.0, 1.0, "a number in (0, 1]"),
-            ("min_p", 0.0, 1.0, "a number in [0, 1]"),
-        ):
-            value = getattr(self, name)
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _check(ok and low <= value <= high, name, value, want)
-        _check(self.top_p > 0, "top_p", self.top_p, "a number in (0, 1]")
-        _check(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "an integer from -1 to 2^31 - 1")
-        if self.seed is not None:
-            _check(_is_int(self.seed) and -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
-        for text in self.stop:
-            _check(isinstance(text, str) and text != "", "stop", text, "strings that are not empty")
-        ok = all(_is_int(i) and 0 <= i < 2**31 for i in self.stop_token_ids)
-        _check(ok, "stop_token_ids", ids, "token ids from 0 to 2^31 - 1")
-        if self.max_tokens is not None:
-            _check(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
-        if self.logprobs is not None:
-            ok = _is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS
-            _check(ok, "logprobs", self.logprobs, f"an integer from 0 to {MAX_LOGPROBS}")
-        if self.stop and not self.detokenize:
-            raise RequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt with its parameters, as the engine takes it.
 
-    `cache_salt` separates prefix-cache tenants: blocks are shared only among equal salts.
+    `cache_salt` separates prefix-cache tenants: blocks are shared only among equal salts. `bad_words_token_ids` are
+    the spellings of params.bad_words: the last token of one is never sampled where the output ends with the others.
     """
 
     request_id: str
@@ -107,6 +32,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     def check(self, *, max_model_len: int, vocab_size: int, max_num_seqs: int) -> None:
         """Raises RequestError if a model of these limits can never run this request."""
@@ -122,6 +48,14 @@ class Request:
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             bad = next(i for i in prompt if not 0 <= i < vocab_size)
             raise RequestError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})", param="prompt")
+        for name, ids in (
+            ("allowed_token_ids", self.params.allowed_token_ids or ()),
+            ("logit_bias", tuple(self.params.logit_bias or ())),
+        ):
+            if ids and max(ids) >= vocab_size:
+                raise RequestError(
+                    f"{name}: token id {max(ids)} is outside the vocabulary (0 to {vocab_size - 1})", param=name
+                )
         if self.params.n > max_num_seqs:
             raise RequestError(f"n={self.params.n} exceeds max_num_seqs={max_num_seqs}", param="n")
 
@@ -170,6 +104,10 @@ class Sequence:
     stop_reason: int | str | None = None
     block_tables: list[BlockTable] = field(default_factory=list)  # one per cache group; none while it waits
     block_hashes: list[bytes] = field(default_factory=list)
+    edits_logits: bool = field(init=False)  # asked of every sequence in every step
+
+    def __post_init__(self) -> None:
+        self.edits_logits = self.request.params.edits_logits
 
     @property
     def num_tokens(self) -> int:

@@ -16,6 +16,9 @@ from fairlead_server.unsupported import refuse_unsupported
 MAX_PROMPTS = 1024
 _SAMPLING_FIELDS = (
     "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
     "temperature",
     "top_p",
     "top_k",
@@ -23,8 +26,13 @@ _SAMPLING_FIELDS = (
     "seed",
     "stop",
     "stop_token_ids",
+    "bad_words",
     "include_stop_str_in_output",
+    "min_tokens",
     "ignore_eos",
+    "logit_bias",
+    "allowed_token_ids",
+    "logits_processors",
     "skip_special_tokens",
 )
 
@@ -60,6 +68,9 @@ class GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     temperature: Temperature = None
     top_p: float | None = None
     top_k: int | None = None
@@ -67,8 +78,13 @@ class GenerationBody(_Body):
     seed: int | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: list[int] | None = None
+    bad_words: list[Text] | None = None
     include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = None
     ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    logits_processors: list[Text] | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Text | None = None
     add_special_tokens: bool | None = None

@@ -88,7 +88,9 @@ def test_errors_are_the_clients_own_types(client: openai.OpenAI, server: str) ->
         client.completions.create(model="demo", prompt="word " * 5000)
     assert raised.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        client.completions.create(model="demo", prompt="Hi", presence_penalty=1)
+        client.completions.create(model="demo", prompt="Hi", presence_penalty=2.5)
+    with pytest.raises(openai.BadRequestError, match=r"no logits processor 'os.system'"):
+        client.completions.create(model="demo", prompt="Hi", extra_body={"logits_processors": ["os.system"]})
     malformed = httpx.post(f"{server}/v1/completions", content=b"{", headers={"content-type": "application/json"})
     assert malformed.status_code == 400
     assert malformed.json()["error"]["type"] == "invalid_request_error"

@@ -2,6 +2,7 @@
 
 import random
 
+from fairlead import plugins
 from fairlead.config import EngineConfig
 from fairlead.engine.builder import build
 from fairlead.request import EngineInfo, EngineStats, Request, SequenceDelta
@@ -41,6 +42,9 @@ class EngineCore:
         """Queues a request. Raises RequestError if it can never run, ValueError if its id is in use."""
         info = self.info
         request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        for processor in request.params.logits_processors:
+            if isinstance(processor, str):
+                plugins.load_logits_processor(processor)
         seed = request.params.seed
         self.scheduler.add(request, self._seeds.getrandbits(64) if seed is None else seed % 2**64)
 

@@ -1,4 +1,4 @@
-"""What a platform implements, and nothing else.
+"""What a platform or another plugin implements, and nothing else.
 
 Importing this package needs only the standard library and pluggy: the types that mention torch do so for the type
 checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` returns, then Platform.
@@ -9,6 +9,7 @@ import pluggy
 from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo
 from fairlead.interface.platform import Platform
+from fairlead.interface.sampling import LogitsProcessor
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
 
 hookimpl = pluggy.HookimplMarker("fairlead")
@@ -23,6 +24,7 @@ __all__ = [
     "Defaults",
     "Device",
     "KVCache",
+    "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
     "OpProvider",

@@ -24,7 +24,7 @@ from fairlead.request import (
     SequenceStatus,
     TokenLogprobs,
 )
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch, ScheduledChunk
+from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import BlockManager
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the n seeds of a request differ
@@ -194,6 +194,10 @@ class Scheduler:
     def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int, copies: list[tuple[int, int, int]]) -> None:
         start = seq.num_computed_tokens
         end = start + num_tokens
+        samples = end == seq.num_tokens
+        context = None
+        if seq.edits_logits and samples:
+            context = SampleContext(request=seq.request, token_ids=tuple(seq.token_ids))
         step.budget -= num_tokens
         step.copies += copies
         step.chunks.append(
@@ -203,8 +207,9 @@ class Scheduler:
                 start=start,
                 block_tables=tuple((t.first, tuple(t.blocks)) for t in seq.block_tables),
                 params=seq.request.params,
-                sample_seed=seq.seed if end == seq.num_tokens else None,
+                sample_seed=seq.seed if samples else None,
                 position=end,
+                context=context,
             )
         )
 
@@ -242,6 +247,8 @@ class Scheduler:
         bisect.insort(self.running, seq, key=lambda s: s.seq_id)
 
     def _append(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
+        if token.token_id is None and token.error is not None:
+            return self._finish(seq, FinishReason.ERROR, error=token.error)
         if token.token_id is None:
             self._num_nan += 1
             self.blocks.unpublish(seq)
