@@ -105,9 +105,14 @@ class Sequence:
     block_tables: list[BlockTable] = field(default_factory=list)  # one per cache group; none while it waits
     block_hashes: list[bytes] = field(default_factory=list)
     edits_logits: bool = field(init=False)  # asked of every sequence in every step
+    prompt_logprobs: list["TokenLogprobs"] | None = field(
+        init=False
+    )  # of its second token on; None: not wanted, or sent
 
     def __post_init__(self) -> None:
-        self.edits_logits = self.request.params.edits_logits
+        params = self.request.params
+        self.edits_logits = params.edits_logits
+        self.prompt_logprobs = [] if params.prompt_logprobs is not None and self.index == 0 else None
 
     @property
     def num_tokens(self) -> int:
@@ -136,12 +141,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceDelta:
-    """What one step added to one sequence; engine to front end."""
+    """What one step added to one sequence; engine to front end.
+
+    `prompt_logprobs` comes with the first token of the first sequence, for the prompt's tokens but its first.
+    """
 
     request_id: str
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
@@ -176,7 +185,10 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A request's outputs so far: cumulative, one entry per continuation, in order of index."""
+    """A request's outputs so far: cumulative, one entry per continuation, in order of index.
+
+    `prompt_logprobs` has one dict per prompt token, and None for the first, which nothing precedes.
+    """
 
     request_id: str
     prompt: str | None
@@ -185,6 +197,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: Seq[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

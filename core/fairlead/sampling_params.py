@@ -38,8 +38,9 @@ class SamplingParams:
     """How one request is sampled. Names and defaults are vLLM's.
 
     temperature 0 is greedy. top_k 0 and -1 both mean off. `seed` makes the request reproducible whatever shares its
-    batch. `logprobs=k` returns the k best of every position beside the sampled token. `max_tokens=None` generates up
-    to the end of the context. Raises RequestError (a ValueError) on a value out of range.
+    batch. `logprobs=k` returns the k best of every position beside the sampled token, `prompt_logprobs=k` the same of
+    the prompt's tokens (which then are computed, whatever the prefix cache holds). `max_tokens=None` generates up to
+    the end of the context. Raises RequestError (a ValueError) on a value out of range.
 
     What changes the logits, in this order: `logits_processors` (callables of this process, or names of entry points),
     `allowed_token_ids` (no others), `logit_bias` (added), `bad_words` and `min_tokens` (no end before so many tokens);
@@ -64,6 +65,7 @@ class SamplingParams:
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processors: tuple[object, ...] = ()
@@ -100,9 +102,10 @@ class SamplingParams:
         most = 2**31 - 1 if self.max_tokens is None else self.max_tokens
         ok = _is_int(self.min_tokens) and 0 <= self.min_tokens <= most
         _check(ok, "min_tokens", self.min_tokens, "an integer from 0 to max_tokens")
-        if self.logprobs is not None:
-            ok = _is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS
-            _check(ok, "logprobs", self.logprobs, f"an integer from 0 to {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            ok = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
+            _check(ok, name, value, f"an integer from 0 to {MAX_LOGPROBS}")
         for processor in self.logits_processors:
             ok = callable(processor) or (isinstance(processor, str) and processor != "")
             _check(ok, "logits_processors", processor, "names of entry points, or callables")

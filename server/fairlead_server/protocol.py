@@ -85,6 +85,7 @@ class GenerationBody(_Body):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     logits_processors: list[Text] | None = None
+    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Text | None = None
     add_special_tokens: bool | None = None
@@ -94,6 +95,8 @@ class GenerationBody(_Body):
         refuse_unsupported(self.model_extra or {})
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
         best_of = (self.model_extra or {}).get("best_of")
         if best_of is not None and best_of != (self.n or 1):
             raise RequestError("best_of is not supported by this server unless it equals n", param="best_of")
@@ -108,11 +111,11 @@ class GenerationBody(_Body):
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def _sampling_params(
-        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
         """The request's own values over the defaults. Raises RequestError on one that is out of range."""
         given: dict[str, Any] = {name: v for name in _SAMPLING_FIELDS if (v := getattr(self, name)) is not None}
-        return replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs)
+        return replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
 class CompletionBody(GenerationBody):
@@ -122,10 +125,10 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: int | None = None
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo together with logprobs is not supported by this server", param="echo")
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether `logprobs` covers the prompt, too, as evaluation harnesses ask."""
+        return bool(self.echo) and self.logprobs is not None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one by one. Raises RequestError if there are none or too many."""
@@ -142,7 +145,12 @@ class CompletionBody(GenerationBody):
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """How to sample; max_tokens is None where the request gave none."""
-        return self._sampling_params(defaults, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        prompt_logprobs = self.prompt_logprobs
+        if self.echoes_logprobs and self.logprobs is not None:
+            prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
+        return self._sampling_params(
+            defaults, max_tokens=self.max_tokens, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs
+        )
 
 
 class ChatMessage(_Body):
@@ -184,7 +192,9 @@ class ChatBody(GenerationBody):
         """How to sample; max_tokens is None, the rest of the context, where the request gave none."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(defaults, max_tokens=max_tokens, logprobs=logprobs)
+        return self._sampling_params(
+            defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs
+        )
 
 
 def _ints(values: object) -> Iterator[int]:

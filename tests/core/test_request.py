@@ -44,6 +44,8 @@ IN_RANGE: list[dict[str, Any]] = [
     {"logprobs": None},
     {"logprobs": 0},
     {"logprobs": 20},
+    {"prompt_logprobs": 0},
+    {"prompt_logprobs": 20},
 ]
 OUT_OF_RANGE: list[dict[str, Any]] = [
     {"n": 0},
@@ -115,6 +117,8 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"logprobs": -1},
     {"logprobs": 21},
     {"logprobs": True},
+    {"prompt_logprobs": -1},
+    {"prompt_logprobs": 21},
 ]
 
 

@@ -95,14 +95,16 @@ class FakeEngine:
             reason = FinishReason.STOP
         logprobs: tuple[TokenLogprobs, ...] = ()
         if params.logprobs is not None:
-            best = tuple(range(500, 500 + params.logprobs))
-            values = tuple(-float(i) for i in range(len(best)))
-            logprobs = (TokenLogprobs(token_ids=(token_id, *best), logprobs=(-9.5, *values), rank=30),)
+            logprobs = (some_logprobs(token_id, params.logprobs, -9.5),)
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if params.prompt_logprobs is not None and (running.index, running.num_output) == (0, 1):
+            prompt_logprobs = tuple(some_logprobs(i, params.prompt_logprobs, -7.5) for i in prompt[1:])
         return SequenceDelta(
             request_id=running.request.request_id,
             index=running.index,
             token_ids=(token_id,),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=FinishReason.ERROR if fault == NAN else reason,
             stop_reason=token_id if reason is FinishReason.STOP else None,
             error="the logits of the fake engine are NaN" if fault == NAN else None,
@@ -119,6 +121,12 @@ class FakeEngine:
 
     def close(self) -> None:
         self._running = []
+
+
+def some_logprobs(token_id: int, num_best: int, value: float) -> TokenLogprobs:
+    best = tuple(range(500, 500 + num_best))
+    values = tuple(-float(i) for i in range(len(best)))
+    return TokenLogprobs(token_ids=(token_id, *best), logprobs=(value, *values), rank=30)
 
 
 def load(config: EngineConfig) -> FakeEngine:

@@ -21,6 +21,7 @@ DELTA = SequenceDelta(
     index=1,
     token_ids=(5, 6),
     logprobs=(TokenLogprobs(token_ids=(5, 7), logprobs=(-1.5, float("-inf")), rank=1),),
+    prompt_logprobs=(TokenLogprobs(token_ids=(8,), logprobs=(-0.5,), rank=2),),
     finish_reason=FinishReason.STOP,
     stop_reason="end",
 )
@@ -44,6 +45,7 @@ PARAMS = SamplingParams(
     stop_token_ids=(1,),
     seed=-(2**63),
     logprobs=3,
+    prompt_logprobs=0,
     presence_penalty=-0.5,
     repetition_penalty=1.25,
     min_tokens=4,

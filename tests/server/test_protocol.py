@@ -66,6 +66,7 @@ def test_every_sampling_field_arrives() -> None:
         "logit_bias": {"5": 3},
         "allowed_token_ids": [5, 6],
         "bad_words": ["worse"],
+        "prompt_logprobs": 2,
         "logits_processors": ["name"],
     }
     params = chat(**fields, logprobs=True, top_logprobs=3).sampling_params(DEFAULTS)
@@ -99,7 +100,6 @@ NOT_NEUTRAL = {
     "guided_choice": ["a"],
     "structured_outputs": {"regex": "a"},
     "use_beam_search": True,
-    "prompt_logprobs": 0,
     "chat_template": "{{ ''.__class__.__mro__ }}",
     "modalities": ["text", "audio"],
 }
@@ -128,7 +128,9 @@ def test_a_number_is_no_boolean() -> None:
     [
         ({"best_of": 3}, "best_of"),
         ({"best_of": 3, "n": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
         ({"presence_penalty": 2.01}, "presence_penalty"),
         ({"frequency_penalty": False}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),

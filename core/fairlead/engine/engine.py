@@ -59,11 +59,11 @@ class EngineCore:
         """
         batch = self.scheduler.schedule()
         try:
-            sampled = self._runner.execute(batch)
+            result = self._runner.execute(batch)
         except BaseException:  # Ctrl-C too: no request may stay behind half computed
             self.scheduler.abort_all()
             raise
-        return self.scheduler.update(batch, sampled)
+        return self.scheduler.update(batch, result.sampled, result.prompt_logprobs)
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""

@@ -77,6 +77,7 @@ class _RequestState:
     sequences: list[_SequenceState]
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -96,6 +97,7 @@ class _RequestState:
             finished=self.finished,
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -172,6 +174,8 @@ class OutputProcessor:
         sequence = state.sequences[delta.index]
         state.num_cached_tokens = max(state.num_cached_tokens, delta.num_cached_tokens)
         state.error = state.error or delta.error
+        if state.request.params.prompt_logprobs is not None and state.prompt_logprobs is None and delta.error is None:
+            state.prompt_logprobs = [None, *map(self._logprobs, delta.prompt_logprobs)]
         sequence.token_ids += delta.token_ids
         if sequence.logprobs is not None and sequence.cumulative_logprob is not None:
             sequence.logprobs += map(self._logprobs, delta.logprobs)

@@ -14,6 +14,7 @@ import torch
 
 from fairlead.request import SamplingParams, TokenLogprobs
 from fairlead.sampling.edits import LogitEdits
+from fairlead.sampling.logprobs import token_logprobs
 from fairlead.scheduling.batch import SampledToken, ScheduledChunk
 
 _NUM_CANDIDATES = 512  # enough for nearly every top_p or min_p; to sort all of V = 128k takes 20 times as long
@@ -59,20 +60,17 @@ class SamplingBatch:
     edits: LogitEdits | None  # of the logits, before all else
     plain: DrawnRows | None  # drawn from the whole distribution
     filtered: DrawnRows | None  # cut by top_k, top_p or min_p first
-    num_logprobs: int | None  # the most that any row wants
     logprobs_S: tuple[int | None, ...]
 
     @classmethod
     def of(cls, chunks: Seq[ScheduledChunk]) -> "SamplingBatch":
         """Collects the parameters of the chunks that sample, in order."""
-        wanted = tuple(c.params.logprobs for c in chunks)
         drawn = [(i, _keeps_all(c.params)) for i, c in enumerate(chunks) if not c.params.is_greedy]
         return cls(
             edits=LogitEdits.of(chunks),
             plain=DrawnRows.of(chunks, [i for i, keeps_all in drawn if keeps_all]),
             filtered=DrawnRows.of(chunks, [i for i, keeps_all in drawn if not keeps_all]),
-            num_logprobs=max((k for k in wanted if k is not None), default=None),
-            logprobs_S=wanted,
+            logprobs_S=tuple(c.params.logprobs for c in chunks),
         )
 
 
@@ -196,22 +194,12 @@ def _draw_best(probs_RV: torch.Tensor, settings_4R: torch.Tensor, width: int) ->
 
 def _logprobs(logits_SV: torch.Tensor, tokens_S: torch.Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:
     """Per row: the sampled token, then the best ones, as many as the row wants; None for rows that want none."""
-    if batch.num_logprobs is None:
+    if all(k is None for k in batch.logprobs_S):
         return [None] * len(batch.logprobs_S)
-    rows = [i for i, k in enumerate(batch.logprobs_S) if k is not None]
-    index_R = torch.tensor(rows, device=logits_SV.device)
-    logprobs_RV = logits_SV[index_R].log_softmax(-1)
-    chosen_R1 = tokens_S[index_R, None]
-    value_R1 = logprobs_RV.gather(1, chosen_R1)
-    rank_R: list[int] = ((logprobs_RV > value_R1).sum(-1) + 1).tolist()
-    top_values_RK, top_ids_RK = logprobs_RV.topk(min(batch.num_logprobs, logits_SV.shape[1]), dim=-1)
-    ids: list[list[int]] = torch.cat((chosen_R1, top_ids_RK), dim=1).tolist()
-    values: list[list[float]] = torch.cat((value_R1, top_values_RK), dim=1).tolist()
+    rows = [(i, k) for i, k in enumerate(batch.logprobs_S) if k is not None]
+    index_R = torch.tensor([i for i, _ in rows], device=logits_SV.device)
+    reported = token_logprobs(logits_SV[index_R].log_softmax(-1), tokens_S[index_R], [k for _, k in rows])
     found: list[TokenLogprobs | None] = [None] * len(batch.logprobs_S)
-    for place, row_ids, row_values, rank in zip(rows, ids, values, rank_R, strict=True):
-        wanted = batch.logprobs_S[place]
-        assert wanted is not None
-        found[place] = TokenLogprobs(
-            token_ids=tuple(row_ids[: wanted + 1]), logprobs=tuple(row_values[: wanted + 1]), rank=rank
-        )
+    for (i, _), row in zip(rows, reported, strict=True):
+        found[i] = row
     return found

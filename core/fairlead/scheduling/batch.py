@@ -28,7 +28,8 @@ class ScheduledChunk:
     `start` tokens are in the cache already. `block_tables` has, per cache group, the number of the first block held and
     the blocks from there on. `sample_seed` is None where the chunk ends before the last known token,
     so that nothing is sampled; else it makes the draw reproducible. `position` is the index of the token to sample.
-    `context` is there only where the params edit the logits and a token is sampled.
+    `context` is there only where the params edit the logits and a token is sampled. `prompt_targets` are prompt tokens
+    whose log-probabilities are wanted; the chunk's tokens from number `prompt_row` on predict them, one each.
     """
 
     seq_id: int
@@ -39,6 +40,8 @@ class ScheduledChunk:
     sample_seed: int | None
     position: int
     context: SampleContext | None = None
+    prompt_targets: tuple[int, ...] = ()
+    prompt_row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +64,11 @@ class SampledToken:
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave: one token per chunk that samples, in order; prompt log-probabilities by seq_id."""
+
+    sampled: list[SampledToken]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]

@@ -11,6 +11,7 @@ Source: Yu et al., "Orca" (OSDI 2022), section 3; Kwon et al., "PagedAttention" 
 
 import bisect
 import itertools
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -88,7 +89,12 @@ class Scheduler:
         assert step.chunks or not self.has_work, "there is work, but no sequence could be scheduled"
         return ScheduledBatch(chunks=tuple(step.chunks), block_copies=tuple(step.copies))
 
-    def update(self, batch: ScheduledBatch, sampled: Seq[SampledToken]) -> list[SequenceDelta]:
+    def update(
+        self,
+        batch: ScheduledBatch,
+        sampled: Seq[SampledToken],
+        prompt_logprobs: Mapping[int, Seq[TokenLogprobs]] | None = None,
+    ) -> list[SequenceDelta]:
         """Advances the sequences of a step; `sampled` has one entry per chunk that has a sample_seed, in order.
 
         Sequences that end give their blocks back. Those aborted since `schedule` are passed over.
@@ -101,6 +107,8 @@ class Scheduler:
             if seq is None:
                 continue
             seq.num_computed_tokens = chunk.start + len(chunk.token_ids)
+            if chunk.prompt_targets and seq.prompt_logprobs is not None and prompt_logprobs is not None:
+                seq.prompt_logprobs += prompt_logprobs[seq.seq_id]
             if token is not None:
                 if seq.num_output_tokens == 0 and seq.index == 0:
                     self._fork(seq)
@@ -198,6 +206,10 @@ class Scheduler:
         context = None
         if seq.edits_logits and samples:
             context = SampleContext(request=seq.request, token_ids=tuple(seq.token_ids))
+        prompt_row, prompt_targets = 0, seq.request.prompt_token_ids[:0]
+        if seq.prompt_logprobs is not None:
+            first = max(start, len(seq.prompt_logprobs))  # after a preemption, some are there already
+            prompt_row, prompt_targets = first - start, seq.request.prompt_token_ids[first + 1 : end + 1]
         step.budget -= num_tokens
         step.copies += copies
         step.chunks.append(
@@ -210,6 +222,8 @@ class Scheduler:
                 sample_seed=seq.seed if samples else None,
                 position=end,
                 context=context,
+                prompt_targets=prompt_targets,
+                prompt_row=prompt_row,
             )
         )
 
@@ -301,11 +315,13 @@ def _seats(seq: Sequence) -> int:
 def _delta(
     seq: Sequence, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], error: str | None = None
 ) -> SequenceDelta:
+    prompt_logprobs, seq.prompt_logprobs = tuple(seq.prompt_logprobs or ()), None
     return SequenceDelta(
         request_id=seq.request.request_id,
         index=seq.index,
         token_ids=token_ids,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         finish_reason=seq.finish_reason,
         stop_reason=seq.stop_reason,
         num_cached_tokens=seq.num_cached_tokens or 0,
