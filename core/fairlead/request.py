@@ -56,8 +56,10 @@ class Request:
                 raise RequestError(
                     f"{name}: token id {max(ids)} is outside the vocabulary (0 to {vocab_size - 1})", param=name
                 )
-        if self.params.n > max_num_seqs:
-            raise RequestError(f"n={self.params.n} exceeds max_num_seqs={max_num_seqs}", param="n")
+        num_sequences = self.params.num_sequences
+        if num_sequences > max_num_seqs:
+            name = "n" if self.params.best_of is None else "best_of"
+            raise RequestError(f"{name}={num_sequences} exceeds max_num_seqs={max_num_seqs}", param=name)
 
 
 class SequenceStatus(Enum):
@@ -88,8 +90,8 @@ class BlockTable:
 class Sequence:
     """One growing list of tokens: the only thing that the scheduler mutates besides its queues.
 
-    A request has `params.n` of them. `num_computed_tokens` counts the tokens whose keys and values are in the cache;
-    a step hands the sequence tokens until it has caught up with `num_tokens`.
+    A request has `params.num_sequences` of them. `num_computed_tokens` counts the tokens whose keys and values are in
+    the cache; a step hands the sequence tokens until it has caught up with `num_tokens`.
     """
 
     seq_id: int
@@ -104,7 +106,8 @@ class Sequence:
     stop_reason: int | str | None = None
     block_tables: list[BlockTable] = field(default_factory=list)  # one per cache group; none while it waits
     block_hashes: list[bytes] = field(default_factory=list)
-    edits_logits: bool = field(init=False)  # asked of every sequence in every step
+    edits_logits: bool = field(init=False)  # asked of every sequence in every step, as is the next one
+    num_logprobs: int | None = field(init=False)  # how many beside the sampled token's own; None: not even that
     prompt_logprobs: list["TokenLogprobs"] | None = field(
         init=False
     )  # of its second token on; None: not wanted, or sent
@@ -112,6 +115,7 @@ class Sequence:
     def __post_init__(self) -> None:
         params = self.request.params
         self.edits_logits = params.edits_logits
+        self.num_logprobs = 0 if params.logprobs is None and params.is_ranked else params.logprobs
         self.prompt_logprobs = [] if params.prompt_logprobs is not None and self.index == 0 else None
 
     @property

@@ -42,6 +42,10 @@ class SamplingParams:
     the prompt's tokens (which then are computed, whatever the prefix cache holds). `max_tokens=None` generates up to
     the end of the context. Raises RequestError (a ValueError) on a value out of range.
 
+    `best_of` sequences are made, and the n of the highest cumulative log-probability come back, best first.
+    `truncate_prompt_tokens=k` keeps the prompt's last k tokens, -1 as many as leave room for max_tokens (or one).
+    `spaces_between_special_tokens` is taken and changes nothing: only slow tokenizers, which we never use, know it.
+
     What changes the logits, in this order: `logits_processors` (callables of this process, or names of entry points),
     `allowed_token_ids` (no others), `logit_bias` (added), `bad_words` and `min_tokens` (no end before so many tokens);
     then `repetition_penalty` (tokens of prompt and output), `frequency_penalty` and `presence_penalty` (of the output);
@@ -49,6 +53,7 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -69,12 +74,17 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processors: tuple[object, ...] = ()
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     detokenize: bool = True
 
     def __post_init__(self) -> None:
         self._tidy()
         _check(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
+        if self.best_of is not None:
+            ok = _is_int(self.best_of) and self.n <= self.best_of <= MAX_N
+            _check(ok, "best_of", self.best_of, f"an integer from n={self.n} to {MAX_N}")
         for name, low, high, want in (
             ("presence_penalty", -2.0, 2.0, "a number in [-2, 2]"),
             ("frequency_penalty", -2.0, 2.0, "a number in [-2, 2]"),
@@ -106,6 +116,10 @@ class SamplingParams:
             value = getattr(self, name)
             ok = value is None or (_is_int(value) and 0 <= value <= MAX_LOGPROBS)
             _check(ok, name, value, f"an integer from 0 to {MAX_LOGPROBS}")
+        if self.truncate_prompt_tokens is not None:
+            size = self.truncate_prompt_tokens
+            ok = _is_int(size) and (size == -1 or 1 <= size < 2**31)
+            _check(ok, "truncate_prompt_tokens", size, "-1, or an integer from 1 to 2^31 - 1")
         for processor in self.logits_processors:
             ok = callable(processor) or (isinstance(processor, str) and processor != "")
             _check(ok, "logits_processors", processor, "names of entry points, or callables")
@@ -146,6 +160,16 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are made; n of them come back."""
+        return self.best_of or self.n
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether what comes back is known only when every sequence has ended."""
+        return self.num_sequences > self.n
 
     @property
     def is_penalised(self) -> bool:

@@ -16,6 +16,7 @@ from fairlead_server.unsupported import refuse_unsupported
 MAX_PROMPTS = 1024
 _SAMPLING_FIELDS = (
     "n",
+    "best_of",
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
@@ -33,7 +34,9 @@ _SAMPLING_FIELDS = (
     "logit_bias",
     "allowed_token_ids",
     "logits_processors",
+    "truncate_prompt_tokens",
     "skip_special_tokens",
+    "spaces_between_special_tokens",
 )
 
 
@@ -68,6 +71,7 @@ class GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     n: int | None = None
+    best_of: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
@@ -86,7 +90,9 @@ class GenerationBody(_Body):
     allowed_token_ids: list[int] | None = None
     logits_processors: list[Text] | None = None
     prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     cache_salt: Text | None = None
     add_special_tokens: bool | None = None
 
@@ -97,9 +103,8 @@ class GenerationBody(_Body):
             raise RequestError("stream_options needs stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
-        best_of = (self.model_extra or {}).get("best_of")
-        if best_of is not None and best_of != (self.n or 1):
-            raise RequestError("best_of is not supported by this server unless it equals n", param="best_of")
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise RequestError("a choice among best_of sequences cannot be streamed", param="best_of")
 
     @property
     def include_usage(self) -> bool:

@@ -12,8 +12,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
-    "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),

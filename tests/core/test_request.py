@@ -45,6 +45,11 @@ IN_RANGE: list[dict[str, Any]] = [
     {"logprobs": 0},
     {"logprobs": 20},
     {"prompt_logprobs": 0},
+    {"best_of": 1},
+    {"best_of": 128},
+    {"truncate_prompt_tokens": -1},
+    {"truncate_prompt_tokens": 1},
+    {"spaces_between_special_tokens": False},
     {"prompt_logprobs": 20},
 ]
 OUT_OF_RANGE: list[dict[str, Any]] = [
@@ -118,6 +123,13 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"logprobs": 21},
     {"logprobs": True},
     {"prompt_logprobs": -1},
+    {"best_of": 0},
+    {"best_of": 129},
+    {"best_of": True},
+    {"truncate_prompt_tokens": 0},
+    {"truncate_prompt_tokens": -2},
+    {"truncate_prompt_tokens": 1.5},
+    {"truncate_prompt_tokens": 2**63},
     {"prompt_logprobs": 21},
 ]
 
@@ -147,6 +159,14 @@ def test_one_stop_string_and_lists_become_tuples() -> None:
     assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[1]).stop == ("a", "b")  # type: ignore[arg-type]
     assert SamplingParams(stop=None, stop_token_ids=None).stop_token_ids == ()  # type: ignore[arg-type]
+
+
+def test_best_of_is_at_least_n() -> None:
+    assert SamplingParams(n=3, best_of=3).num_sequences == SamplingParams(n=3).num_sequences == 3
+    assert not SamplingParams(n=3, best_of=3).is_ranked
+    assert SamplingParams(n=3, best_of=4).is_ranked
+    with pytest.raises(RequestError, match="from n=3 to 128"):
+        SamplingParams(n=3, best_of=2)
 
 
 def test_json_spells_the_ids_of_a_bias_as_text() -> None:

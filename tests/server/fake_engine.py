@@ -64,7 +64,7 @@ class FakeEngine:
         if request.prompt_token_ids[0] == REJECT:
             raise errors.RequestError("the fake engine takes no such prompt", param="prompt")
         self._num_prompt_tokens += len(request.prompt_token_ids)
-        self._running += [Running(request, index) for index in range(request.params.n)]
+        self._running += [Running(request, index) for index in range(request.params.num_sequences)]
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         self._running = [r for r in self._running if r.request.request_id != request_id or index not in (None, r.index)]
@@ -94,8 +94,8 @@ class FakeEngine:
         if token_id in params.stop_token_ids:
             reason = FinishReason.STOP
         logprobs: tuple[TokenLogprobs, ...] = ()
-        if params.logprobs is not None:
-            logprobs = (some_logprobs(token_id, params.logprobs, -9.5),)
+        if params.logprobs is not None or params.is_ranked:
+            logprobs = (some_logprobs(token_id, params.logprobs or 0, -9.5 + running.index),)
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if params.prompt_logprobs is not None and (running.index, running.num_output) == (0, 1):
             prompt_logprobs = tuple(some_logprobs(i, params.prompt_logprobs, -7.5) for i in prompt[1:])

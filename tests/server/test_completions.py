@@ -98,6 +98,23 @@ def test_logprobs(client: httpx.Client, tokens: list[int]) -> None:
         assert text[offset:].startswith(token)
 
 
+def test_best_of_gives_the_n_best(client: httpx.Client) -> None:
+    body = post(client, prompt=[[300, 301], [400]], n=2, best_of=4, max_tokens=3, logprobs=0)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    values = [choice["logprobs"]["token_logprobs"] for choice in body["choices"]]
+    assert values == [[-6.5] * 3, [-7.5] * 3] * 2  # of the fake engine's sequences, the last are the best
+    assert body["usage"]["completion_tokens"] == 12
+    assert [choice["logprobs"] for choice in post(client, prompt="Hi", best_of=2)["choices"]] == [None]
+
+
+def test_a_truncated_prompt_is_its_end(client: httpx.Client) -> None:
+    body = post(client, prompt=[300, 301, 302, 303], truncate_prompt_tokens=2, max_tokens=2, echo=True, logprobs=0)
+    assert body["usage"]["prompt_tokens"] == 2
+    assert len(body["choices"][0]["logprobs"]["tokens"]) == 4
+    assert post(client, prompt=[300] * 300, truncate_prompt_tokens=-1, max_tokens=6)["usage"]["prompt_tokens"] == 250
+    assert post(client, prompt=[300] * 300, truncate_prompt_tokens=9)["usage"]["prompt_tokens"] == 9
+
+
 def test_echo_with_logprobs_covers_prompt_and_answer(client: httpx.Client) -> None:
     """What evaluation harnesses send."""
     prompts = [[300, 301, 302], [400]]

@@ -66,6 +66,9 @@ def test_every_sampling_field_arrives() -> None:
         "logit_bias": {"5": 3},
         "allowed_token_ids": [5, 6],
         "bad_words": ["worse"],
+        "best_of": 4,
+        "truncate_prompt_tokens": 6,
+        "spaces_between_special_tokens": False,
         "prompt_logprobs": 2,
         "logits_processors": ["name"],
     }
@@ -126,8 +129,11 @@ def test_a_number_is_no_boolean() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"best_of": 3}, "best_of"),
-        ({"best_of": 3, "n": 2}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"best_of": 3, "n": 2, "stream": True}, "best_of"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 2**63}, "truncate_prompt_tokens"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"prompt_logprobs": -1}, "prompt_logprobs"),
         ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),

@@ -56,7 +56,14 @@ class FrontEnd:
     def request(
         self, request_id: str, prompt: Sequence[int], params: SamplingParams, info: EngineInfo, *, cache_salt: str = ""
     ) -> Request:
-        """Makes a request that the engine of `info` can run. Raises RequestError if it cannot."""
+        """Makes a request that the engine of `info` can run, its prompt truncated as params ask.
+
+        Raises RequestError if it cannot.
+        """
+        size = params.truncate_prompt_tokens
+        if size is not None:
+            size = size if size > 0 else max(info.max_model_len - (params.max_tokens or 1), 1)
+            prompt = prompt[-size:]
         request = Request(
             request_id=request_id,
             prompt_token_ids=tuple(prompt),

@@ -70,7 +70,7 @@ class SamplingBatch:
             edits=LogitEdits.of(chunks),
             plain=DrawnRows.of(chunks, [i for i, keeps_all in drawn if keeps_all]),
             filtered=DrawnRows.of(chunks, [i for i, keeps_all in drawn if not keeps_all]),
-            logprobs_S=tuple(c.params.logprobs for c in chunks),
+            logprobs_S=tuple(c.num_logprobs for c in chunks),
         )
 
 

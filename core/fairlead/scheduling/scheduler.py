@@ -28,7 +28,7 @@ from fairlead.request import (
 from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import BlockManager
 
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the n seeds of a request differ
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the seeds of a request differ
 NAN_ERROR = "the model's logits were not a number"
 
 
@@ -64,7 +64,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request, seed: int) -> None:
-        """Queues a request; its other n - 1 sequences fork off the first one once the prompt is computed."""
+        """Queues a request; its other sequences fork off the first one once the prompt is computed."""
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
         seq = Sequence(
@@ -118,7 +118,7 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one of its sequences, and frees its blocks; does nothing if it has ended already.
 
-        Until the prompt of a request with n > 1 is computed it has no single sequences: only the whole can be ended.
+        Until the prompt of a request with several is computed it has no single sequences: only the whole can be ended.
         """
         for seq in list(self._requests.get(request_id, ())):
             if index is None or (seq.index == index and _seats(seq) == 1):
@@ -221,6 +221,7 @@ class Scheduler:
                 params=seq.request.params,
                 sample_seed=seq.seed if samples else None,
                 position=end,
+                num_logprobs=seq.num_logprobs,
                 context=context,
                 prompt_targets=prompt_targets,
                 prompt_row=prompt_row,
@@ -241,7 +242,7 @@ class Scheduler:
         """
         self._num_prompt += parent.num_prompt_tokens
         self._num_cached += parent.num_cached_tokens or 0
-        for index in range(1, parent.request.params.n):
+        for index in range(1, parent.request.params.num_sequences):
             child = Sequence(
                 seq_id=parent.seq_id + index,
                 request=parent.request,
@@ -309,7 +310,7 @@ class Scheduler:
 def _seats(seq: Sequence) -> int:
     """Places that a sequence takes among the running: its own, and those of the siblings that it will fork."""
     forks_later = seq.index == 0 and seq.num_output_tokens == 0
-    return seq.request.params.n if forks_later else 1
+    return seq.request.params.num_sequences if forks_later else 1
 
 
 def _delta(

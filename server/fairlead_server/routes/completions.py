@@ -109,11 +109,15 @@ def router(service: Service) -> APIRouter:
         for prompt in body.prompts():
             special = body.add_special_tokens is not False
             ids = await service.engine.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
-            requests.append(
-                service.request(ids, params, default_max_tokens=DEFAULT_MAX_TOKENS, salt=body.cache_salt or "")
-            )
-            text = prompt if isinstance(prompt, str) else service.engine.front_end.decode(ids) if body.echo else ""
-            echoes.append(text if body.echo else "")
+            request = service.request(ids, params, default_max_tokens=DEFAULT_MAX_TOKENS, salt=body.cache_salt or "")
+            requests.append(request)
+            is_whole = len(request.prompt_token_ids) == len(ids)
+            if not body.echo:
+                echoes.append("")
+            elif isinstance(prompt, str) and is_whole:
+                echoes.append(prompt)
+            else:
+                echoes.append(service.engine.front_end.decode(request.prompt_token_ids))
         completion = Completion(service, body, echoes, http.state.request_id)
         generation = Generation(service.engine, requests)
         try:

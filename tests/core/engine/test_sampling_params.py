@@ -130,6 +130,34 @@ def test_a_processor_that_fails_ends_its_request_alone(demo: LLM) -> None:
     assert not demo.engine.has_work
 
 
+def test_best_of_gives_the_n_most_likely(demo: LLM) -> None:
+    for seed in range(3):
+        shared: dict[str, Any] = {"temperature": 1.2, "seed": seed, "max_tokens": 12, "stop": ["the", "e "]}
+        every = run(demo, "The king", n=6, logprobs=0, **shared).outputs
+        ranked = sorted(every, key=lambda o: -(o.cumulative_logprob or 0))
+        for settings in ({}, {"logprobs": 2}):
+            found = run(demo, "The king", n=2, best_of=6, **shared, **settings)
+            assert [o.token_ids for o in found.outputs] == [o.token_ids for o in ranked[:2]]
+            assert [o.text for o in found.outputs] == [o.text for o in ranked[:2]]
+            assert [o.index for o in found.outputs] == [0, 1]
+            assert [o.logprobs is None for o in found.outputs] == [not settings] * 2
+            expected = [o.cumulative_logprob for o in ranked[:2]]
+            assert [o.cumulative_logprob for o in found.outputs] == pytest.approx(expected)
+    streamed = list(demo.generate_stream("The king", SamplingParams(best_of=3, seed=1, max_tokens=4)))
+    assert [(o.finished, len(o.outputs)) for o in streamed] == [(True, 1)]
+    with pytest.raises(RequestError, match="best_of=9 exceeds max_num_seqs=8"):
+        run(demo, "The king", best_of=9)
+
+
+def test_truncation_keeps_the_end_of_the_prompt(demo: LLM) -> None:
+    prompt = list(range(20, 60))
+    output = run(demo, [prompt], truncate_prompt_tokens=7, temperature=0)
+    assert list(output.prompt_token_ids) == prompt[-7:]
+    assert list(output.outputs[0].token_ids) == tokens(demo, [prompt[-7:]], temperature=0)
+    assert len(run(demo, [prompt * 10], truncate_prompt_tokens=-1, max_tokens=6).prompt_token_ids) == 250
+    assert len(run(demo, [prompt * 10], truncate_prompt_tokens=-1, max_tokens=None).prompt_token_ids) == 255
+
+
 MIXTURE: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4, "seed": 1},
     {"presence_penalty": 1.5, "frequency_penalty": 0.5, "seed": 2, "top_k": 20},

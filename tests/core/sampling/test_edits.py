@@ -45,6 +45,7 @@ def chunk(
         block_tables=((0, (0,)),),
         params=request.params,
         sample_seed=seed,
+        num_logprobs=params.get("logprobs"),
         position=len(prompt + output),
         context=context,
     )
