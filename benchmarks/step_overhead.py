@@ -60,7 +60,7 @@ def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperatu
         scheduler.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params), seed=i)
     while scheduler.waiting or any(s.num_output_tokens == 0 for s in scheduler.running):
         batch = scheduler.schedule()
-        scheduler.update(batch, runner.execute(batch))
+        scheduler.update(batch, runner.execute(batch).sampled)
     device = torch.device("cpu")
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(steps):

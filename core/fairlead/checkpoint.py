@@ -84,10 +84,12 @@ class Checkpoint:
     def sampling_defaults(self) -> dict[str, Any]:
         """The SamplingParams that generation_config.json sets; greedy where it says do_sample: false."""
         given = self.generation_config
-        if given.get("do_sample") is False:
-            return {"temperature": 0.0}
-        names = ("temperature", "top_k", "top_p", "min_p")
-        return {name: given[name] for name in names if given.get(name) is not None}
+        is_greedy = given.get("do_sample") is False
+        names = (
+            ("repetition_penalty",) if is_greedy else ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+        )
+        found = {name: given[name] for name in names if given.get(name) is not None}
+        return {**found, "temperature": 0.0} if is_greedy else found
 
     def tensors(self) -> dict[str, StoredTensor]:
         """All tensors by name, from the headers alone. Raises on a missing, truncated or inconsistent file."""

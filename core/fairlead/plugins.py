@@ -17,10 +17,11 @@ import pluggy
 import fairlead
 from fairlead import hookspecs
 from fairlead.config import PlatformConfig
-from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError
-from fairlead.interface import PLATFORM_API, Device, Platform, PlatformSpec
+from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError, RequestError
+from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, PlatformSpec
 
 ENTRY_POINT_GROUP = "fairlead.platforms"
+PROCESSOR_GROUP = "fairlead.logits_processors"
 ALLOWLIST_VARIABLE = "FAIRLEAD_PLUGINS"
 
 
@@ -218,6 +219,38 @@ def _best(records: list[PlatformRecord]) -> PlatformRecord:
     return top[0]
 
 
+def load_logits_processor(name: str) -> LogitsProcessor:
+    """The logits processor of an entry point, imported on first use and kept.
+
+    Raises RequestError if there is none of that name that may load, or if it cannot be loaded.
+    """
+    found = _processors.get(name)
+    if found is not None:
+        return found
+    permitted = allowlist()
+    known = {
+        entry_point.name: entry_point
+        for entry_point in importlib.metadata.entry_points(group=PROCESSOR_GROUP)
+        if permitted is None or entry_point.name in permitted
+    }
+    if name not in known:
+        raise RequestError(
+            f"there is no logits processor {name!r:.100}{_restriction()}; found: {', '.join(sorted(known)) or 'none'}",
+            param="logits_processors",
+        )
+    try:
+        loaded: LogitsProcessor = known[name].load()
+    except Exception as error:
+        message = f"the logits processor {name!r} cannot be loaded: {_one_line(error)}"
+        raise RequestError(message, param="logits_processors") from error
+    if not callable(loaded):
+        kind = type(loaded).__name__
+        raise RequestError(f"the logits processor {name!r} is no callable but a {kind}", param="logits_processors")
+    _processors[name] = loaded
+    return loaded
+
+
+_processors: dict[str, LogitsProcessor] = {}
 _NONE_INSTALLED = "none; install one, for example: pip install 'fairlead[cpu]'"
 
 

@@ -1,15 +1,13 @@
 """What goes into the engine and what comes out of it: plain data, no torch."""
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from fairlead.errors import ContextLengthError, RequestError
-
-MAX_LOGPROBS = 20
-MAX_N = 128
-MAX_STOP_STRINGS = 64
+from fairlead.sampling_params import MAX_LOGPROBS as MAX_LOGPROBS
+from fairlead.sampling_params import MAX_N as MAX_N
+from fairlead.sampling_params import SamplingParams as SamplingParams
 
 
 class FinishReason(StrEnum):
@@ -21,85 +19,12 @@ class FinishReason(StrEnum):
     ERROR = "error"  # the model gave NaN, or the engine failed
 
 
-def _check(condition: bool, name: str, value: object, want: str) -> None:
-    if not condition:
-        raise RequestError(f"{name} must be {want}, got {value!r:.100}", param=name)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How one request is sampled. Names and defaults are vLLM's.
-
-    temperature 0 is greedy. top_k 0 and -1 both mean off. `seed` makes the request reproducible whatever shares its
-    batch. `logprobs=k` returns the k best of every position beside the sampled token. `max_tokens=None` generates up
-    to the end of the context. Raises RequestError (a ValueError) on a value out of range.
-    """
-
-    n: int = 1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    max_tokens: int | None = 16
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    skip_special_tokens: bool = True
-    detokenize: bool = True
-
-    def __post_init__(self) -> None:
-        stop: object = self.stop
-        if isinstance(stop, str):
-            object.__setattr__(self, "stop", (stop,))
-        elif stop is None or isinstance(stop, (list, tuple)):
-            object.__setattr__(self, "stop", tuple(stop or ()))
-        ids: object = self.stop_token_ids
-        if ids is None or isinstance(ids, (list, tuple)):
-            object.__setattr__(self, "stop_token_ids", tuple(ids or ()))
-        _check(_is_int(self.n) and 1 <= self.n <= MAX_N, "n", self.n, f"an integer from 1 to {MAX_N}")
-        for name, low, high, want in (
-            ("temperature", 0.0, math.inf, "a finite number >= 0"),
-            ("top_p", 0.0, 1.0, "a number in (0, 1]"),
-            ("min_p", 0.0, 1.0, "a number in [0, 1]"),
-        ):
-            value = getattr(self, name)
-            ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            _check(ok and low <= value <= high, name, value, want)
-        _check(self.top_p > 0, "top_p", self.top_p, "a number in (0, 1]")
-        _check(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "an integer from -1 to 2^31 - 1")
-        if self.seed is not None:
-            _check(_is_int(self.seed) and -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _check(len(self.stop) <= MAX_STOP_STRINGS, "stop", len(self.stop), f"at most {MAX_STOP_STRINGS} strings")
-        for text in self.stop:
-            _check(isinstance(text, str) and text != "", "stop", text, "strings that are not empty")
-        ok = all(_is_int(i) and 0 <= i < 2**31 for i in self.stop_token_ids)
-        _check(ok, "stop_token_ids", ids, "token ids from 0 to 2^31 - 1")
-        if self.max_tokens is not None:
-            _check(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
-        if self.logprobs is not None:
-            ok = _is_int(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS
-            _check(ok, "logprobs", self.logprobs, f"an integer from 0 to {MAX_LOGPROBS}")
-        if self.stop and not self.detokenize:
-            raise RequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
-        return self.temperature == 0.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One prompt with its parameters, as the engine takes it.
 
-    `cache_salt` separates prefix-cache tenants: blocks are shared only among equal salts.
+    `cache_salt` separates prefix-cache tenants: blocks are shared only among equal salts. `bad_words_token_ids` are
+    the spellings of params.bad_words: the last token of one is never sampled where the output ends with the others.
     """
 
     request_id: str
@@ -107,6 +32,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
 
     def check(self, *, max_model_len: int, vocab_size: int, max_num_seqs: int) -> None:
         """Raises RequestError if a model of these limits can never run this request."""
@@ -122,8 +48,18 @@ class Request:
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             bad = next(i for i in prompt if not 0 <= i < vocab_size)
             raise RequestError(f"token id {bad} is outside the vocabulary (0 to {vocab_size - 1})", param="prompt")
-        if self.params.n > max_num_seqs:
-            raise RequestError(f"n={self.params.n} exceeds max_num_seqs={max_num_seqs}", param="n")
+        for name, ids in (
+            ("allowed_token_ids", self.params.allowed_token_ids or ()),
+            ("logit_bias", tuple(self.params.logit_bias or ())),
+        ):
+            if ids and max(ids) >= vocab_size:
+                raise RequestError(
+                    f"{name}: token id {max(ids)} is outside the vocabulary (0 to {vocab_size - 1})", param=name
+                )
+        num_sequences = self.params.num_sequences
+        if num_sequences > max_num_seqs:
+            name = "n" if self.params.best_of is None else "best_of"
+            raise RequestError(f"{name}={num_sequences} exceeds max_num_seqs={max_num_seqs}", param=name)
 
 
 class SequenceStatus(Enum):
@@ -154,8 +90,8 @@ class BlockTable:
 class Sequence:
     """One growing list of tokens: the only thing that the scheduler mutates besides its queues.
 
-    A request has `params.n` of them. `num_computed_tokens` counts the tokens whose keys and values are in the cache;
-    a step hands the sequence tokens until it has caught up with `num_tokens`.
+    A request has `params.num_sequences` of them. `num_computed_tokens` counts the tokens whose keys and values are in
+    the cache; a step hands the sequence tokens until it has caught up with `num_tokens`.
     """
 
     seq_id: int
@@ -170,6 +106,17 @@ class Sequence:
     stop_reason: int | str | None = None
     block_tables: list[BlockTable] = field(default_factory=list)  # one per cache group; none while it waits
     block_hashes: list[bytes] = field(default_factory=list)
+    edits_logits: bool = field(init=False)  # asked of every sequence in every step, as is the next one
+    num_logprobs: int | None = field(init=False)  # how many beside the sampled token's own; None: not even that
+    prompt_logprobs: list["TokenLogprobs"] | None = field(
+        init=False
+    )  # of its second token on; None: not wanted, or sent
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.edits_logits = params.edits_logits
+        self.num_logprobs = 0 if params.logprobs is None and params.is_ranked else params.logprobs
+        self.prompt_logprobs = [] if params.prompt_logprobs is not None and self.index == 0 else None
 
     @property
     def num_tokens(self) -> int:
@@ -198,12 +145,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceDelta:
-    """What one step added to one sequence; engine to front end."""
+    """What one step added to one sequence; engine to front end.
+
+    `prompt_logprobs` comes with the first token of the first sequence, for the prompt's tokens but its first.
+    """
 
     request_id: str
     index: int
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
@@ -238,7 +189,10 @@ class CompletionOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """A request's outputs so far: cumulative, one entry per continuation, in order of index."""
+    """A request's outputs so far: cumulative, one entry per continuation, in order of index.
+
+    `prompt_logprobs` has one dict per prompt token, and None for the first, which nothing precedes.
+    """
 
     request_id: str
     prompt: str | None
@@ -247,6 +201,7 @@ class RequestOutput:
     finished: bool
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: Seq[dict[int, Logprob] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

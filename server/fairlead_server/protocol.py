@@ -16,6 +16,10 @@ from fairlead_server.unsupported import refuse_unsupported
 MAX_PROMPTS = 1024
 _SAMPLING_FIELDS = (
     "n",
+    "best_of",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
     "temperature",
     "top_p",
     "top_k",
@@ -23,9 +27,16 @@ _SAMPLING_FIELDS = (
     "seed",
     "stop",
     "stop_token_ids",
+    "bad_words",
     "include_stop_str_in_output",
+    "min_tokens",
     "ignore_eos",
+    "logit_bias",
+    "allowed_token_ids",
+    "logits_processors",
+    "truncate_prompt_tokens",
     "skip_special_tokens",
+    "spaces_between_special_tokens",
 )
 
 
@@ -60,6 +71,10 @@ class GenerationBody(_Body):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
     n: int | None = None
+    best_of: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
     temperature: Temperature = None
     top_p: float | None = None
     top_k: int | None = None
@@ -67,9 +82,17 @@ class GenerationBody(_Body):
     seed: int | None = None
     stop: Text | list[Text] | None = None
     stop_token_ids: list[int] | None = None
+    bad_words: list[Text] | None = None
     include_stop_str_in_output: bool | None = None
+    min_tokens: int | None = None
     ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    logits_processors: list[Text] | None = None
+    prompt_logprobs: int | None = None
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
     cache_salt: Text | None = None
     add_special_tokens: bool | None = None
 
@@ -78,9 +101,10 @@ class GenerationBody(_Body):
         refuse_unsupported(self.model_extra or {})
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream=true", param="stream_options")
-        best_of = (self.model_extra or {}).get("best_of")
-        if best_of is not None and best_of != (self.n or 1):
-            raise RequestError("best_of is not supported by this server unless it equals n", param="best_of")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise RequestError("a choice among best_of sequences cannot be streamed", param="best_of")
 
     @property
     def include_usage(self) -> bool:
@@ -92,11 +116,11 @@ class GenerationBody(_Body):
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     def _sampling_params(
-        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
         """The request's own values over the defaults. Raises RequestError on one that is out of range."""
         given: dict[str, Any] = {name: v for name in _SAMPLING_FIELDS if (v := getattr(self, name)) is not None}
-        return replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs)
+        return replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
 class CompletionBody(GenerationBody):
@@ -106,10 +130,10 @@ class CompletionBody(GenerationBody):
     echo: bool | None = None
     logprobs: int | None = None
 
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs is not None:
-            raise RequestError("echo together with logprobs is not supported by this server", param="echo")
+    @property
+    def echoes_logprobs(self) -> bool:
+        """Whether `logprobs` covers the prompt, too, as evaluation harnesses ask."""
+        return bool(self.echo) and self.logprobs is not None
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one by one. Raises RequestError if there are none or too many."""
@@ -126,7 +150,12 @@ class CompletionBody(GenerationBody):
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """How to sample; max_tokens is None where the request gave none."""
-        return self._sampling_params(defaults, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        prompt_logprobs = self.prompt_logprobs
+        if self.echoes_logprobs and self.logprobs is not None:
+            prompt_logprobs = max(self.logprobs, prompt_logprobs or 0)
+        return self._sampling_params(
+            defaults, max_tokens=self.max_tokens, logprobs=self.logprobs, prompt_logprobs=prompt_logprobs
+        )
 
 
 class ChatMessage(_Body):
@@ -168,7 +197,9 @@ class ChatBody(GenerationBody):
         """How to sample; max_tokens is None, the rest of the context, where the request gave none."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self._sampling_params(defaults, max_tokens=max_tokens, logprobs=logprobs)
+        return self._sampling_params(
+            defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs
+        )
 
 
 def _ints(values: object) -> Iterator[int]:

@@ -58,20 +58,47 @@ class Sent:
         return text, first_token
 
 
+Entries = Seq[dict[int, Logprob] | None]
+"""Log-probabilities token by token, of a prompt: None for its first one."""
+
+
 def completion_logprobs(
-    choice: CompletionOutput, tokenizer: Tokenizer | None, *, first_token: int = 0, offset: int = 0
+    choice: CompletionOutput,
+    tokenizer: Tokenizer | None,
+    *,
+    first_token: int = 0,
+    offset: int = 0,
+    prompt: tuple[Seq[int], Entries] = ((), ()),
 ) -> Json | None:
-    """Log-probabilities from `first_token` on, as /v1/completions spells them; `offset` is where its text begins."""
+    """Log-probabilities from `first_token` on, as /v1/completions spells them; `offset` is where its text begins.
+
+    The tokens of an echoed `prompt`, as far as given, come first.
+    """
     if choice.logprobs is None:
         return None
-    found = list(zip(choice.token_ids, choice.logprobs, strict=True))[first_token:]
+    found = [*zip(*prompt, strict=True), *zip(choice.token_ids, choice.logprobs, strict=True)]
+    del found[len(prompt[0]) : len(prompt[0]) + first_token]
     texts = [_text(token_id, tokenizer) for token_id, _ in found]
     return {
         "text_offset": list(accumulate(map(len, texts), initial=offset))[:-1],
-        "token_logprobs": [_value(best[token_id]) for token_id, best in found],
+        "token_logprobs": [None if best is None else _value(best[token_id]) for token_id, best in found],
         "tokens": texts,
-        "top_logprobs": [_by_text(best, tokenizer) for _, best in found],
+        "top_logprobs": [None if best is None else _by_text(best, tokenizer) for _, best in found],
     }
+
+
+def prompt_logprobs(output: RequestOutput) -> list[Json | None] | None:
+    """The prompt's log-probabilities by token id, as vLLM spells them."""
+    if output.prompt_logprobs is None:
+        return None
+    return [
+        None if best is None else {str(token_id): _prompt_entry(entry) for token_id, entry in best.items()}
+        for best in output.prompt_logprobs
+    ]
+
+
+def _prompt_entry(entry: Logprob) -> Json:
+    return {"logprob": _value(entry), "rank": entry.rank, "decoded_token": entry.decoded_token}
 
 
 def chat_logprobs(

@@ -38,14 +38,15 @@ class Service:
         """
         limit = self.engine.info.max_model_len
         request = self.engine.request(prompt, params, cache_salt=salt)
-        room = limit - len(prompt)
+        num_prompt = len(request.prompt_token_ids)
+        room = limit - num_prompt
         if params.max_tokens is None:
             max_tokens = room if default_max_tokens is None else min(default_max_tokens, room)
             return replace(request, params=replace(params, max_tokens=max_tokens))
         if params.max_tokens > room:
             raise ContextLengthError(
                 f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{len(prompt) + params.max_tokens} tokens ({len(prompt)} in the prompt, {params.max_tokens} in the "
+                f"{num_prompt + params.max_tokens} tokens ({num_prompt} in the prompt, {params.max_tokens} in the "
                 "completion). Please reduce the prompt or the completion.",
                 param="max_tokens",
             )

@@ -9,20 +9,9 @@ from collections.abc import Mapping
 from fairlead.errors import RequestError
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "early_stopping": (False,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "logits_processors": ([],),
-    "prompt_logprobs": (),
-    "spaces_between_special_tokens": (True,),
-    "truncate_prompt_tokens": (),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),

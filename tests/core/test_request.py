@@ -29,9 +29,28 @@ IN_RANGE: list[dict[str, Any]] = [
     {"stop_token_ids": (0, 5)},
     {"max_tokens": None},
     {"max_tokens": 1},
+    {"presence_penalty": -2},
+    {"presence_penalty": 2.0},
+    {"frequency_penalty": 2},
+    {"repetition_penalty": 1e-9},
+    {"repetition_penalty": 5},
+    {"min_tokens": 16},
+    {"logit_bias": None},
+    {"logit_bias": {0: -100, 5: 100.0}},
+    {"allowed_token_ids": None},
+    {"allowed_token_ids": (0, 7)},
+    {"bad_words": ("a", " b")},
+    {"logits_processors": ("name", print)},
     {"logprobs": None},
     {"logprobs": 0},
     {"logprobs": 20},
+    {"prompt_logprobs": 0},
+    {"best_of": 1},
+    {"best_of": 128},
+    {"truncate_prompt_tokens": -1},
+    {"truncate_prompt_tokens": 1},
+    {"spaces_between_special_tokens": False},
+    {"prompt_logprobs": 20},
 ]
 OUT_OF_RANGE: list[dict[str, Any]] = [
     {"n": 0},
@@ -60,12 +79,58 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"stop": (1,)},
     {"stop_token_ids": (-1,)},
     {"stop_token_ids": ("a",)},
+    {"presence_penalty": 2.01},
+    {"presence_penalty": -2.01},
+    {"presence_penalty": math.nan},
+    {"frequency_penalty": -2.01},
+    {"frequency_penalty": "1"},
+    {"frequency_penalty": True},
+    {"repetition_penalty": 0},
+    {"repetition_penalty": -1.0},
+    {"repetition_penalty": math.inf},
+    {"repetition_penalty": 10**400},
+    {"temperature": 10**400},
+    {"min_tokens": -1},
+    {"min_tokens": 17},
+    {"min_tokens": 2**63},
+    {"min_tokens": 1.0},
+    {"logit_bias": {-1: 1}},
+    {"logit_bias": {2**31: 1}},
+    {"logit_bias": {"x": 1}},
+    {"logit_bias": {True: 1}},
+    {"logit_bias": {1: 101}},
+    {"logit_bias": {1: -100.5}},
+    {"logit_bias": {1: math.nan}},
+    {"logit_bias": {1: "1"}},
+    {"logit_bias": {1: None}},
+    {"logit_bias": dict.fromkeys(range(1025), 1)},
+    {"logit_bias": [1]},
+    {"allowed_token_ids": ()},
+    {"allowed_token_ids": (-1,)},
+    {"allowed_token_ids": (1.0,)},
+    {"allowed_token_ids": "12"},
+    {"bad_words": ("",)},
+    {"bad_words": (3,)},
+    {"bad_words": "word"},
+    {"bad_words": ("x",) * 1025},
+    {"logits_processors": (3,)},
+    {"logits_processors": ("",)},
+    {"logits_processors": "name"},
     {"max_tokens": 0},
     {"max_tokens": -5},
     {"max_tokens": 1.5},
     {"logprobs": -1},
     {"logprobs": 21},
     {"logprobs": True},
+    {"prompt_logprobs": -1},
+    {"best_of": 0},
+    {"best_of": 129},
+    {"best_of": True},
+    {"truncate_prompt_tokens": 0},
+    {"truncate_prompt_tokens": -2},
+    {"truncate_prompt_tokens": 1.5},
+    {"truncate_prompt_tokens": 2**63},
+    {"prompt_logprobs": 21},
 ]
 
 
@@ -94,6 +159,44 @@ def test_one_stop_string_and_lists_become_tuples() -> None:
     assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[1]).stop == ("a", "b")  # type: ignore[arg-type]
     assert SamplingParams(stop=None, stop_token_ids=None).stop_token_ids == ()  # type: ignore[arg-type]
+
+
+def test_best_of_is_at_least_n() -> None:
+    assert SamplingParams(n=3, best_of=3).num_sequences == SamplingParams(n=3).num_sequences == 3
+    assert not SamplingParams(n=3, best_of=3).is_ranked
+    assert SamplingParams(n=3, best_of=4).is_ranked
+    with pytest.raises(RequestError, match="from n=3 to 128"):
+        SamplingParams(n=3, best_of=2)
+
+
+def test_json_spells_the_ids_of_a_bias_as_text() -> None:
+    assert SamplingParams(logit_bias={"5": 1, 6: 2.0}).logit_bias == {5: 1, 6: 2.0}  # type: ignore[dict-item]
+    assert SamplingParams(logit_bias={}).logit_bias is None
+    assert SamplingParams(allowed_token_ids=[4, 4, 2]).allowed_token_ids == (4, 2)  # type: ignore[arg-type]
+
+
+def test_only_what_differs_from_the_default_edits_logits() -> None:
+    assert not SamplingParams(temperature=0.3, top_k=3, top_p=0.2, min_p=0.1, stop="x", seed=3).edits_logits
+    for settings in (
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"repetition_penalty": 1.1},
+        {"min_tokens": 1},
+        {"logit_bias": {1: 0.0}},
+        {"allowed_token_ids": [1]},
+        {"bad_words": ["x"]},
+        {"logits_processors": ["x"]},
+    ):
+        assert SamplingParams(**settings).edits_logits
+
+
+@pytest.mark.parametrize("settings", [{"allowed_token_ids": [5, 100]}, {"logit_bias": {5: 1, 100: 1}}], ids=str)
+def test_token_ids_are_checked_against_the_vocabulary(settings: dict[str, Any]) -> None:
+    request = Request(request_id="r", prompt_token_ids=(1,), params=SamplingParams(**settings))
+    request.check(max_model_len=8, vocab_size=101, max_num_seqs=2)
+    with pytest.raises(RequestError, match=r"token id 100 is outside the vocabulary \(0 to 99\)") as caught:
+        request.check(max_model_len=8, vocab_size=100, max_num_seqs=2)
+    assert caught.value.param == next(iter(settings))
 
 
 def test_stop_strings_need_text() -> None:

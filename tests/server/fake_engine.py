@@ -64,7 +64,7 @@ class FakeEngine:
         if request.prompt_token_ids[0] == REJECT:
             raise errors.RequestError("the fake engine takes no such prompt", param="prompt")
         self._num_prompt_tokens += len(request.prompt_token_ids)
-        self._running += [Running(request, index) for index in range(request.params.n)]
+        self._running += [Running(request, index) for index in range(request.params.num_sequences)]
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         self._running = [r for r in self._running if r.request.request_id != request_id or index not in (None, r.index)]
@@ -94,15 +94,17 @@ class FakeEngine:
         if token_id in params.stop_token_ids:
             reason = FinishReason.STOP
         logprobs: tuple[TokenLogprobs, ...] = ()
-        if params.logprobs is not None:
-            best = tuple(range(500, 500 + params.logprobs))
-            values = tuple(-float(i) for i in range(len(best)))
-            logprobs = (TokenLogprobs(token_ids=(token_id, *best), logprobs=(-9.5, *values), rank=30),)
+        if params.logprobs is not None or params.is_ranked:
+            logprobs = (some_logprobs(token_id, params.logprobs or 0, -9.5 + running.index),)
+        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        if params.prompt_logprobs is not None and (running.index, running.num_output) == (0, 1):
+            prompt_logprobs = tuple(some_logprobs(i, params.prompt_logprobs, -7.5) for i in prompt[1:])
         return SequenceDelta(
             request_id=running.request.request_id,
             index=running.index,
             token_ids=(token_id,),
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
             finish_reason=FinishReason.ERROR if fault == NAN else reason,
             stop_reason=token_id if reason is FinishReason.STOP else None,
             error="the logits of the fake engine are NaN" if fault == NAN else None,
@@ -119,6 +121,12 @@ class FakeEngine:
 
     def close(self) -> None:
         self._running = []
+
+
+def some_logprobs(token_id: int, num_best: int, value: float) -> TokenLogprobs:
+    best = tuple(range(500, 500 + num_best))
+    values = tuple(-float(i) for i in range(len(best)))
+    return TokenLogprobs(token_ids=(token_id, *best), logprobs=(value, *values), rank=30)
 
 
 def load(config: EngineConfig) -> FakeEngine:

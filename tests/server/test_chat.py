@@ -72,6 +72,14 @@ def test_logprobs(client: httpx.Client, top: int) -> None:
         assert values == sorted(values, reverse=True)
 
 
+def test_prompt_logprobs_stand_beside_the_choices(client: httpx.Client) -> None:
+    body = post(client, max_tokens=1, n=2, prompt_logprobs=0)
+    assert len(body["prompt_logprobs"]) == body["usage"]["prompt_tokens"]
+    assert body["prompt_logprobs"][0] is None
+    assert all(len(best) == 1 for best in body["prompt_logprobs"][1:])
+    assert "prompt_logprobs" not in post(client, max_tokens=1)
+
+
 def test_a_stream_begins_with_the_role_and_adds_up_to_the_whole(client: httpx.Client) -> None:
     asked: dict[str, Any] = {"max_tokens": 20, "n": 2, "logprobs": True, "top_logprobs": 1}
     whole = {choice["index"]: choice for choice in post(client, **asked)["choices"]}

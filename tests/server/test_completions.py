@@ -98,6 +98,66 @@ def test_logprobs(client: httpx.Client, tokens: list[int]) -> None:
         assert text[offset:].startswith(token)
 
 
+def test_best_of_gives_the_n_best(client: httpx.Client) -> None:
+    body = post(client, prompt=[[300, 301], [400]], n=2, best_of=4, max_tokens=3, logprobs=0)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    values = [choice["logprobs"]["token_logprobs"] for choice in body["choices"]]
+    assert values == [[-6.5] * 3, [-7.5] * 3] * 2  # of the fake engine's sequences, the last are the best
+    assert body["usage"]["completion_tokens"] == 12
+    assert [choice["logprobs"] for choice in post(client, prompt="Hi", best_of=2)["choices"]] == [None]
+
+
+def test_a_truncated_prompt_is_its_end(client: httpx.Client) -> None:
+    body = post(client, prompt=[300, 301, 302, 303], truncate_prompt_tokens=2, max_tokens=2, echo=True, logprobs=0)
+    assert body["usage"]["prompt_tokens"] == 2
+    assert len(body["choices"][0]["logprobs"]["tokens"]) == 4
+    assert post(client, prompt=[300] * 300, truncate_prompt_tokens=-1, max_tokens=6)["usage"]["prompt_tokens"] == 250
+    assert post(client, prompt=[300] * 300, truncate_prompt_tokens=9)["usage"]["prompt_tokens"] == 9
+
+
+def test_echo_with_logprobs_covers_prompt_and_answer(client: httpx.Client) -> None:
+    """What evaluation harnesses send."""
+    prompts = [[300, 301, 302], [400]]
+    body = post(client, prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    for prompt, choice in zip(prompts, body["choices"], strict=True):
+        logprobs = choice["logprobs"]
+        assert {len(values) for values in logprobs.values()} == {len(prompt) + 1}
+        assert logprobs["token_logprobs"] == [None, *[-7.5] * (len(prompt) - 1), -9.5]
+        assert logprobs["top_logprobs"][0] is None
+        for token, value, best in list(
+            zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True)
+        )[1:]:
+            assert best[token] == value
+            assert len(best) == 2
+        text = "".join(logprobs["tokens"])
+        assert choice["text"].strip() == text.strip()
+        assert logprobs["text_offset"][0] == 0
+        for offset, token in zip(logprobs["text_offset"], logprobs["tokens"], strict=True):
+            assert text[offset:].startswith(token)
+        assert "prompt_logprobs" not in choice
+
+
+def test_prompt_logprobs_by_token_id(client: httpx.Client) -> None:
+    (choice,) = post(client, prompt=[300, 301], max_tokens=1, prompt_logprobs=1)["choices"]
+    first, second = choice["prompt_logprobs"]
+    assert first is None
+    assert set(second) == {"301", "500"}
+    assert (second["301"]["logprob"], second["301"]["rank"], second["500"]["rank"]) == (-7.5, 30, 1)
+    assert choice["logprobs"] is None
+
+
+def test_a_stream_with_echo_and_logprobs_adds_up_to_the_whole(client: httpx.Client) -> None:
+    asked: dict[str, Any] = {"prompt": [300, 301, 302], "max_tokens": 5, "logprobs": 1, "echo": True, "n": 2}
+    whole = {choice["index"]: choice for choice in post(client, **asked)["choices"]}
+    chunks = [chunk["choices"][0] for chunk in stream(client, **asked)]
+    for index in (0, 1):
+        parts = [chunk for chunk in chunks if chunk["index"] == index]
+        assert "".join(part["text"] for part in parts) == whole[index]["text"]
+        for name, values in whole[index]["logprobs"].items():
+            assert [value for part in parts if part["logprobs"] for value in part["logprobs"][name]] == values
+
+
 def test_a_stream_adds_up_to_the_whole(client: httpx.Client) -> None:
     asked: dict[str, Any] = {"prompt": "But soft, what light: ", "max_tokens": 40, "logprobs": 1}
     whole = post(client, **asked)["choices"][0]

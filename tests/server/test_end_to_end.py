@@ -81,6 +81,22 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
         assert entry.logprob == entry.top_logprobs[0].logprob
 
 
+def test_echo_with_logprobs_as_evaluation_harnesses_send_it(client: openai.OpenAI) -> None:
+    prompts = [[40, 50, 60, 70], [80, 90]]
+    answer = client.completions.create(
+        model="demo", prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0, seed=1
+    )
+    for prompt, choice in zip(prompts, answer.choices, strict=True):
+        found = choice.logprobs
+        assert found is not None
+        assert found.token_logprobs is not None
+        assert found.top_logprobs is not None
+        assert len(found.token_logprobs) == len(prompt) + 1
+        assert found.token_logprobs[0] is None
+        assert found.token_logprobs[-1] == max(found.top_logprobs[-1].values())  # greedy
+        assert all(value < 0 for value in found.token_logprobs[1:])
+
+
 def test_errors_are_the_clients_own_types(client: openai.OpenAI, server: str) -> None:
     with pytest.raises(openai.NotFoundError, match="The model `gpt` does not exist"):
         client.completions.create(model="gpt", prompt="Hi")
@@ -88,7 +104,9 @@ def test_errors_are_the_clients_own_types(client: openai.OpenAI, server: str) ->
         client.completions.create(model="demo", prompt="word " * 5000)
     assert raised.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError, match="presence_penalty"):
-        client.completions.create(model="demo", prompt="Hi", presence_penalty=1)
+        client.completions.create(model="demo", prompt="Hi", presence_penalty=2.5)
+    with pytest.raises(openai.BadRequestError, match=r"no logits processor 'os.system'"):
+        client.completions.create(model="demo", prompt="Hi", extra_body={"logits_processors": ["os.system"]})
     malformed = httpx.post(f"{server}/v1/completions", content=b"{", headers={"content-type": "application/json"})
     assert malformed.status_code == 400
     assert malformed.json()["error"]["type"] == "invalid_request_error"

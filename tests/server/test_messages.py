@@ -21,6 +21,7 @@ DELTA = SequenceDelta(
     index=1,
     token_ids=(5, 6),
     logprobs=(TokenLogprobs(token_ids=(5, 7), logprobs=(-1.5, float("-inf")), rank=1),),
+    prompt_logprobs=(TokenLogprobs(token_ids=(8,), logprobs=(-0.5,), rank=2),),
     finish_reason=FinishReason.STOP,
     stop_reason="end",
 )
@@ -38,13 +39,28 @@ INFO = EngineInfo(
     weights_bytes=2**40,
     kv_cache_bytes=0,
 )
-PARAMS = SamplingParams(n=2, stop=("x",), stop_token_ids=(1,), seed=-(2**63), logprobs=3)
+PARAMS = SamplingParams(
+    n=2,
+    stop=("x",),
+    stop_token_ids=(1,),
+    seed=-(2**63),
+    logprobs=3,
+    prompt_logprobs=0,
+    presence_penalty=-0.5,
+    repetition_penalty=1.25,
+    min_tokens=4,
+    logit_bias={7: -3, 9: 0.5},
+    allowed_token_ids=(7, 9),
+    bad_words=("y",),
+    logits_processors=("name",),
+)
 
 
 @pytest.mark.parametrize(
     "message",
     [
         messages.Add(Request(request_id="a", prompt_token_ids=(1, 2), params=PARAMS, cache_salt="s")),
+        messages.Add(Request(request_id="a", prompt_token_ids=(1,), bad_words_token_ids=((4, 5), (6,)))),
         messages.Abort("a"),
         messages.Abort("a", 3),
         messages.Stop(),
@@ -72,6 +88,12 @@ def test_the_startup_message_carries_every_setting() -> None:
     config = EngineConfig.of(model="demo", block_size=16, op_providers=["a=b"], enable_prefix_caching=False)
     startup = messages.Startup(config, "/requests", "/events")
     assert messages.decode_startup(messages.encode(startup)) == startup
+
+
+def test_a_callable_never_crosses() -> None:
+    params = SamplingParams(logits_processors=(print,))
+    with pytest.raises(TypeError, match="unsupported"):
+        messages.encode(messages.Add(Request(request_id="a", prompt_token_ids=(1,), params=params)))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,18 @@ def test_every_sampling_field_arrives() -> None:
         "ignore_eos": True,
         "skip_special_tokens": False,
         "max_tokens": 9,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.2,
+        "min_tokens": 4,
+        "logit_bias": {"5": 3},
+        "allowed_token_ids": [5, 6],
+        "bad_words": ["worse"],
+        "best_of": 4,
+        "truncate_prompt_tokens": 6,
+        "spaces_between_special_tokens": False,
+        "prompt_logprobs": 2,
+        "logits_processors": ["name"],
     }
     params = chat(**fields, logprobs=True, top_logprobs=3).sampling_params(DEFAULTS)
     assert params == SamplingParams(**{**fields, "logprobs": 3})
@@ -83,9 +95,6 @@ def test_prompts_come_in_four_shapes(prompt: object, count: int) -> None:
 
 
 NOT_NEUTRAL = {
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "logit_bias": {"5": 1},
     "response_format": {"type": "json_object"},
     "tools": [],
     "tool_choice": "auto",
@@ -93,11 +102,7 @@ NOT_NEUTRAL = {
     "guided_json": {},
     "guided_choice": ["a"],
     "structured_outputs": {"regex": "a"},
-    "logits_processors": ["os.system"],
     "use_beam_search": True,
-    "repetition_penalty": 1.1,
-    "min_tokens": 1,
-    "prompt_logprobs": 0,
     "chat_template": "{{ ''.__class__.__mro__ }}",
     "modalities": ["text", "audio"],
 }
@@ -117,17 +122,34 @@ def test_a_neutral_value_passes(name: str, value: object) -> None:
 
 def test_a_number_is_no_boolean() -> None:
     with pytest.raises(RequestError):
-        refuse_unsupported({"presence_penalty": False})
-    refuse_unsupported({"presence_penalty": 0.0})
+        refuse_unsupported({"priority": False})
+    refuse_unsupported({"priority": 0.0})
 
 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"best_of": 3}, "best_of"),
-        ({"best_of": 3, "n": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
-        ({"presence_penalty": 1}, "presence_penalty"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 129}, "best_of"),
+        ({"best_of": 3, "n": 2, "stream": True}, "best_of"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": 2**63}, "truncate_prompt_tokens"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+        ({"presence_penalty": 2.01}, "presence_penalty"),
+        ({"frequency_penalty": False}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
+        ({"min_tokens": 2**63}, "min_tokens"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"1024": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [5, 1024]}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"logits_processors": [{"qualname": "os.system"}]}, "logits_processors"),
     ],
 )
 def test_the_completions_route_refuses(client: httpx.Client, fields: dict[str, Any], param: str) -> None:

@@ -155,16 +155,10 @@ class AsyncEngine:
 
     def request(self, prompt_token_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Request:
         """Makes a request that the engine can run, under an id of its own. Raises RequestError if it cannot."""
-        request = Request(
-            request_id=uuid.uuid4().hex,
-            prompt_token_ids=tuple(prompt_token_ids),
-            params=params,
-            eos_token_ids=self.front_end.eos_token_ids,
-            cache_salt=cache_salt,
-        )
-        info = self.info
-        request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
-        return request
+        if params.callables:
+            message = "the engine runs in another process: logits_processors must be names of entry points"
+            raise RequestError(message, param="logits_processors")
+        return self.front_end.request(uuid.uuid4().hex, prompt_token_ids, params, self.info, cache_salt=cache_salt)
 
     def submit(self, request: Request, prompt: str | None = None) -> RequestStream:
         """Starts a request of `request()`; close the stream when done with it. Raises EngineDeadError."""

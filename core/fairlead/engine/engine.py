@@ -2,6 +2,7 @@
 
 import random
 
+from fairlead import plugins
 from fairlead.config import EngineConfig
 from fairlead.engine.builder import build
 from fairlead.request import EngineInfo, EngineStats, Request, SequenceDelta
@@ -42,6 +43,9 @@ class EngineCore:
         """Queues a request. Raises RequestError if it can never run, ValueError if its id is in use."""
         info = self.info
         request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        for processor in request.params.logits_processors:
+            if isinstance(processor, str):
+                plugins.load_logits_processor(processor)
         seed = request.params.seed
         self.scheduler.add(request, self._seeds.getrandbits(64) if seed is None else seed % 2**64)
 
@@ -56,11 +60,11 @@ class EngineCore:
         """
         batch = self.scheduler.schedule()
         try:
-            sampled = self._runner.execute(batch)
+            result = self._runner.execute(batch)
         except BaseException:  # Ctrl-C too: no request may stay behind half computed
             self.scheduler.abort_all()
             raise
-        return self.scheduler.update(batch, sampled)
+        return self.scheduler.update(batch, result.sampled, result.prompt_logprobs)
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""

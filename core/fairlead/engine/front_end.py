@@ -8,7 +8,7 @@ from typing import Any
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig
 from fairlead.errors import ConfigError, RequestError
-from fairlead.request import SamplingParams
+from fairlead.request import EngineInfo, Request, SamplingParams
 from fairlead.tokenization.chat_template import ChatPrompt, encode_chat
 from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -52,6 +52,47 @@ class FrontEnd:
         return encode_chat(
             self._tokenizer(), messages, template=self.chat_template, add_generation_prompt=add_generation_prompt
         )
+
+    def request(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, info: EngineInfo, *, cache_salt: str = ""
+    ) -> Request:
+        """Makes a request that the engine of `info` can run, its prompt truncated as params ask.
+
+        Raises RequestError if it cannot.
+        """
+        size = params.truncate_prompt_tokens
+        if size is not None:
+            size = size if size > 0 else max(info.max_model_len - (params.max_tokens or 1), 1)
+            prompt = prompt[-size:]
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt),
+            params=params,
+            eos_token_ids=self.eos_token_ids,
+            cache_salt=cache_salt,
+            bad_words_token_ids=self._spellings(params.bad_words),
+        )
+        request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        return request
+
+    def _spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each word, and of the word behind a space where that is as many, but other, tokens."""
+        if words and self.tokenizer is None:
+            raise RequestError("bad_words need a tokenizer; use logit_bias without one", param="bad_words")
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare = word.lstrip() or word
+            plain = self._token_ids(bare)
+            spaced = self._token_ids(" " + bare)
+            if not plain:
+                raise RequestError(f"bad_words: {word!r:.100} is no token", param="bad_words")
+            found[plain] = None
+            if len(spaced) == len(plain) and spaced[0] != plain[0]:
+                found[spaced] = None
+        return tuple(found)
+
+    def _token_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer().encode(text, add_special_tokens=False))
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -141,14 +141,7 @@ class LLM:
             token_ids = self.front_end.encode(text)
         if not isinstance(token_ids, (list, tuple)) or not all(type(i) is int for i in token_ids):
             raise RequestError(f"token ids must be a list of integers, got {token_ids!r:.100}", param="prompt")
-        request = Request(
-            request_id=str(next(self._ids)),
-            prompt_token_ids=tuple(token_ids),
-            params=params,
-            eos_token_ids=self.front_end.eos_token_ids,
-        )
-        info = self.info
-        request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        request = self.front_end.request(str(next(self._ids)), token_ids, params, self.info)
         return request, text
 
     def _run(self, requests: list[tuple[Request, str | None]], *, use_tqdm: bool) -> list[RequestOutput]:

@@ -9,8 +9,12 @@ from fairlead.engine.batch_builder import build_input
 from fairlead.interface import AttentionBackend, KVCache
 from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
+from fairlead.request import TokenLogprobs
+from fairlead.sampling.logprobs import token_logprobs
 from fairlead.sampling.sampler import SamplingBatch, sample
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch
+from fairlead.scheduling.batch import SampledToken, ScheduledBatch, StepResult
+
+_MAX_ROWS = 256  # of prompt log-probabilities at a time
 
 
 class ModelRunner:
@@ -32,8 +36,8 @@ class ModelRunner:
         self.kv_caches = [b.allocate(n) for b, n in zip(self.backends, num_blocks, strict=True)]
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> list[SampledToken]:
-        """Computes a step; one entry per chunk that samples, in order. Fills the cache as a side effect."""
+    def execute(self, batch: ScheduledBatch) -> StepResult:
+        """Computes a step. Fills the cache as a side effect."""
         inputs = build_input(batch, self._block_size, self._device)
         for group, source, destination in batch.block_copies:
             self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
@@ -41,7 +45,24 @@ class ModelRunner:
         step = Step(groups=tuple(StepGroup(backend=b, kv_caches=c, plan=b.plan(m)) for b, c, m in parts))
         hidden_TE = self.model(inputs.token_ids_T, inputs.positions_T, step)
         samplers = [c for c in batch.chunks if c.sample_seed is not None]
-        if not samplers:
-            return []
-        logits_RV = self.model.logits(hidden_TE[inputs.sample_rows_R])
-        return sample(logits_RV, SamplingBatch.of(samplers))
+        sampled: list[SampledToken] = []
+        if samplers:
+            sampled = sample(self.model.logits(hidden_TE[inputs.sample_rows_R]), SamplingBatch.of(samplers))
+        return StepResult(sampled=sampled, prompt_logprobs=self._prompt_logprobs(batch, hidden_TE))
+
+    def _prompt_logprobs(self, batch: ScheduledBatch, hidden_TE: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        """By seq_id. A few rows at a time: the logits of a whole chunk can be larger than the model."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        first_row = 0
+        for chunk in batch.chunks:
+            wanted = chunk.params.prompt_logprobs
+            if chunk.prompt_targets and wanted is not None:
+                rows = found[chunk.seq_id] = []
+                targets_N = torch.tensor(chunk.prompt_targets, device=hidden_TE.device)
+                hidden_NE = hidden_TE[first_row + chunk.prompt_row :][: len(targets_N)]
+                for i in range(0, len(targets_N), _MAX_ROWS):
+                    logprobs_RV = self.model.logits(hidden_NE[i : i + _MAX_ROWS]).log_softmax(-1)
+                    targets_R = targets_N[i : i + _MAX_ROWS]
+                    rows += token_logprobs(logprobs_RV, targets_R, [wanted] * len(targets_R))
+            first_row += len(chunk.token_ids)
+        return found

@@ -31,9 +31,9 @@ class ProcessedOutputs:
 
 @dataclass(slots=True, kw_only=True)
 class _SequenceState:
-    index: int
     detokenizer: Detokenizer | None
     token_ids: list[int] = field(default_factory=list)
+    token_logprobs: list[float] | None = None
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
@@ -53,14 +53,15 @@ class _SequenceState:
         self.finish_reason, self.stop_reason = FinishReason.STOP, self.detokenizer.stop
         kept = self.detokenizer.num_tokens
         del self.token_ids[kept:]
+        if self.token_logprobs is not None:
+            del self.token_logprobs[kept:]
+            self.cumulative_logprob = sum(self.token_logprobs, 0.0)
         if self.logprobs is not None:
             del self.logprobs[kept:]
-            found = zip(self.logprobs, self.token_ids, strict=True)
-            self.cumulative_logprob = sum((best[token_id].logprob for best, token_id in found), 0.0)
 
-    def output(self) -> CompletionOutput:
+    def output(self, index: int) -> CompletionOutput:
         return CompletionOutput(
-            index=self.index,
+            index=index,
             text="" if self.detokenizer is None else self.detokenizer.text,
             token_ids=self.token_ids.copy(),
             cumulative_logprob=self.cumulative_logprob,
@@ -77,6 +78,7 @@ class _RequestState:
     sequences: list[_SequenceState]
     num_cached_tokens: int = 0
     error: str | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -88,14 +90,18 @@ class _RequestState:
                 sequence.end(reason)
 
     def output(self) -> RequestOutput:
+        sequences = self.sequences
+        if self.request.params.is_ranked:
+            sequences = sorted(sequences, key=lambda s: -(s.cumulative_logprob or 0.0))[: self.request.params.n]
         return RequestOutput(
             request_id=self.request.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.request.prompt_token_ids,
-            outputs=[sequence.output() for sequence in self.sequences],
+            outputs=[sequence.output(index) for index, sequence in enumerate(sequences)],
             finished=self.finished,
             num_cached_tokens=self.num_cached_tokens,
             error=self.error,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 
@@ -118,19 +124,22 @@ class OutputProcessor:
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids without one", param="stop")
         sequences = []
-        for index in range(params.n):
+        for _ in range(params.num_sequences):
             detokenizer = None
             if self._tokenizer is not None and params.detokenize:
                 detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids, params)
-            sequence = _SequenceState(index=index, detokenizer=detokenizer)
+            sequence = _SequenceState(detokenizer=detokenizer)
+            if params.logprobs is not None or params.is_ranked:
+                sequence.token_logprobs, sequence.cumulative_logprob = [], 0.0
             if params.logprobs is not None:
-                sequence.logprobs, sequence.cumulative_logprob = [], 0.0
+                sequence.logprobs = []
             sequences.append(sequence)
         self._requests[request.request_id] = _RequestState(request=request, prompt=prompt, sequences=sequences)
 
     def process(self, deltas: Iterable[SequenceDelta], *, only_finished: bool = False) -> ProcessedOutputs:
         """Takes what a step added; returns the changed requests' outputs so far, or only those that have ended.
 
+        Of a request whose sequences are ranked there is nothing to return before all have ended.
         Deltas of requests and sequences that have ended here are passed over: the engine may be steps ahead.
         """
         changed: dict[str, _RequestState] = {}
@@ -148,7 +157,7 @@ class OutputProcessor:
             finished = state.finished
             if finished:
                 del self._requests[request_id]
-            if finished or not only_finished:
+            if finished or not (only_finished or state.request.params.is_ranked):
                 outputs.append(state.output())
         return ProcessedOutputs(outputs=outputs, finish=finish)
 
@@ -172,10 +181,14 @@ class OutputProcessor:
         sequence = state.sequences[delta.index]
         state.num_cached_tokens = max(state.num_cached_tokens, delta.num_cached_tokens)
         state.error = state.error or delta.error
+        if state.request.params.prompt_logprobs is not None and state.prompt_logprobs is None and delta.error is None:
+            state.prompt_logprobs = [None, *map(self._logprobs, delta.prompt_logprobs)]
         sequence.token_ids += delta.token_ids
-        if sequence.logprobs is not None and sequence.cumulative_logprob is not None:
-            sequence.logprobs += map(self._logprobs, delta.logprobs)
+        if sequence.token_logprobs is not None and sequence.cumulative_logprob is not None:
+            sequence.token_logprobs += (found.logprobs[0] for found in delta.logprobs)
             sequence.cumulative_logprob += sum(found.logprobs[0] for found in delta.logprobs)
+        if sequence.logprobs is not None:
+            sequence.logprobs += map(self._logprobs, delta.logprobs)
         if sequence.detokenizer is not None:
             visible = delta.token_ids
             # The engine stops at tokens only, so the last one is what stopped it. Like a stop string, it is no text.

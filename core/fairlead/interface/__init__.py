@@ -1,4 +1,4 @@
-"""What a platform implements, and nothing else.
+"""What a platform or another plugin implements, and nothing else.
 
 Importing this package needs only the standard library and pluggy: the types that mention torch do so for the type
 checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` returns, then Platform.
@@ -10,6 +10,7 @@ from fairlead.interface.attention import AttentionBackend, AttentionMetadata, At
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
+from fairlead.interface.sampling import LogitsProcessor
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
 
 hookimpl = pluggy.HookimplMarker("fairlead")
@@ -24,6 +25,7 @@ __all__ = [
     "Defaults",
     "Device",
     "KVCache",
+    "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
     "MoeSpec",

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 
 from fairlead.request import SamplingParams, TokenLogprobs
+from fairlead.sampling.edits import LogitEdits
+from fairlead.sampling.logprobs import token_logprobs
 from fairlead.scheduling.batch import SampledToken, ScheduledChunk
 
 _NUM_CANDIDATES = 512  # enough for nearly every top_p or min_p; to sort all of V = 128k takes 20 times as long
 _FLOAT32 = np.finfo(np.float32)
+NOTHING_LEFT = "no token is left to sample: the request's own masks forbid all of them"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,21 +57,20 @@ class DrawnRows:
 class SamplingBatch:
     """The sampling parameters of a step's rows, on the host. Rows that are neither plain nor filtered are greedy."""
 
+    edits: LogitEdits | None  # of the logits, before all else
     plain: DrawnRows | None  # drawn from the whole distribution
     filtered: DrawnRows | None  # cut by top_k, top_p or min_p first
-    num_logprobs: int | None  # the most that any row wants
     logprobs_S: tuple[int | None, ...]
 
     @classmethod
     def of(cls, chunks: Seq[ScheduledChunk]) -> "SamplingBatch":
         """Collects the parameters of the chunks that sample, in order."""
-        wanted = tuple(c.params.logprobs for c in chunks)
         drawn = [(i, _keeps_all(c.params)) for i, c in enumerate(chunks) if not c.params.is_greedy]
         return cls(
+            edits=LogitEdits.of(chunks),
             plain=DrawnRows.of(chunks, [i for i, keeps_all in drawn if keeps_all]),
             filtered=DrawnRows.of(chunks, [i for i, keeps_all in drawn if not keeps_all]),
-            num_logprobs=max((k for k in wanted if k is not None), default=None),
-            logprobs_S=wanted,
+            logprobs_S=tuple(c.num_logprobs for c in chunks),
         )
 
 
@@ -100,23 +102,35 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
     token_id None and leaves the others as they are.
 
     Greedy rows take the first of the largest logits. The others: temperature, then top_k, top_p and min_p, each on
-    the distribution that the one before left, renormalised (the order of transformers). Log-probabilities are those of
-    the unchanged logits.
+    the distribution that the one before left, renormalised (the order of transformers), all of it on the edited logits.
+    Log-probabilities are those of the unchanged ones.
     """
-    best_S, tokens_S = logits_SV.max(dim=-1)
+    edited_SV, errors = (logits_SV, {}) if batch.edits is None else batch.edits.apply(logits_SV)
+    best_S, tokens_S = edited_SV.max(dim=-1)
     # A row's own parameters alone decide how it is drawn: else its tokens would depend on what shares its batch.
     for drawn, draw in ((batch.plain, _draw_plain), (batch.filtered, _draw_filtered)):
         if drawn is not None:
-            rows_R = torch.from_numpy(drawn.rows_R).to(logits_SV.device)
-            logits_RV = logits_SV if len(rows_R) == len(logits_SV) else logits_SV[rows_R]
+            rows_R = torch.from_numpy(drawn.rows_R).to(edited_SV.device)
+            logits_RV = edited_SV if len(rows_R) == len(edited_SV) else edited_SV[rows_R]
             tokens_S[rows_R] = draw(_probs(logits_RV, best_S[rows_R], drawn), drawn)
-    is_bad = (~best_S.isfinite()).tolist()
+    is_bad_S = ~best_S.isfinite()
+    if batch.edits is not None:
+        is_nan_S = ~logits_SV.amax(dim=-1).isfinite()
+        masked = zip((is_bad_S & ~is_nan_S).tolist(), is_nan_S.tolist(), strict=True)
+        errors = {
+            i: errors.get(i, NOTHING_LEFT) for i, (bad, nan) in enumerate(masked) if (bad or i in errors) and not nan
+        }
+        is_bad_S |= is_nan_S
+    is_bad = is_bad_S.tolist()
     token_ids: list[int] = tokens_S.tolist()
     logprobs = _logprobs(logits_SV, tokens_S, batch)
-    return [
+    sampled = [
         SampledToken(token_id=None if bad else token_id, logprobs=None if bad else row)
         for token_id, bad, row in zip(token_ids, is_bad, logprobs, strict=True)
     ]
+    for i, error in errors.items():
+        sampled[i] = SampledToken(token_id=None, error=error)
+    return sampled
 
 
 def _probs(logits_RV: torch.Tensor, best_R: torch.Tensor, drawn: DrawnRows) -> torch.Tensor:
@@ -180,22 +194,12 @@ def _draw_best(probs_RV: torch.Tensor, settings_4R: torch.Tensor, width: int) ->
 
 def _logprobs(logits_SV: torch.Tensor, tokens_S: torch.Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:
     """Per row: the sampled token, then the best ones, as many as the row wants; None for rows that want none."""
-    if batch.num_logprobs is None:
+    if all(k is None for k in batch.logprobs_S):
         return [None] * len(batch.logprobs_S)
-    rows = [i for i, k in enumerate(batch.logprobs_S) if k is not None]
-    index_R = torch.tensor(rows, device=logits_SV.device)
-    logprobs_RV = logits_SV[index_R].log_softmax(-1)
-    chosen_R1 = tokens_S[index_R, None]
-    value_R1 = logprobs_RV.gather(1, chosen_R1)
-    rank_R: list[int] = ((logprobs_RV > value_R1).sum(-1) + 1).tolist()
-    top_values_RK, top_ids_RK = logprobs_RV.topk(min(batch.num_logprobs, logits_SV.shape[1]), dim=-1)
-    ids: list[list[int]] = torch.cat((chosen_R1, top_ids_RK), dim=1).tolist()
-    values: list[list[float]] = torch.cat((value_R1, top_values_RK), dim=1).tolist()
+    rows = [(i, k) for i, k in enumerate(batch.logprobs_S) if k is not None]
+    index_R = torch.tensor([i for i, _ in rows], device=logits_SV.device)
+    reported = token_logprobs(logits_SV[index_R].log_softmax(-1), tokens_S[index_R], [k for _, k in rows])
     found: list[TokenLogprobs | None] = [None] * len(batch.logprobs_S)
-    for place, row_ids, row_values, rank in zip(rows, ids, values, rank_R, strict=True):
-        wanted = batch.logprobs_S[place]
-        assert wanted is not None
-        found[place] = TokenLogprobs(
-            token_ids=tuple(row_ids[: wanted + 1]), logprobs=tuple(row_values[: wanted + 1]), rank=rank
-        )
+    for (i, _), row in zip(rows, reported, strict=True):
+        found[i] = row
     return found

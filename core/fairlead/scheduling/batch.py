@@ -2,7 +2,23 @@
 
 from dataclasses import dataclass
 
-from fairlead.request import SamplingParams, TokenLogprobs
+from fairlead.request import Request, SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleContext:
+    """All that came before a token whose logits are edited: the request, and every token of prompt and output."""
+
+    request: Request
+    token_ids: tuple[int, ...]
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.request.prompt_token_ids
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        return self.token_ids[len(self.request.prompt_token_ids) :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +28,9 @@ class ScheduledChunk:
     `start` tokens are in the cache already. `block_tables` has, per cache group, the number of the first block held and
     the blocks from there on. `sample_seed` is None where the chunk ends before the last known token,
     so that nothing is sampled; else it makes the draw reproducible. `position` is the index of the token to sample.
+    `num_logprobs` best tokens are wanted beside the sampled one, or no log-probability at all.
+    `context` is there only where the params edit the logits and a token is sampled. `prompt_targets` are prompt tokens
+    whose log-probabilities are wanted; the chunk's tokens from number `prompt_row` on predict them, one each.
     """
 
     seq_id: int
@@ -21,6 +40,10 @@ class ScheduledChunk:
     params: SamplingParams
     sample_seed: int | None
     position: int
+    num_logprobs: int | None = None
+    context: SampleContext | None = None
+    prompt_targets: tuple[int, ...] = ()
+    prompt_row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +60,17 @@ class ScheduledBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
-    """The sampler's answer for one chunk. `token_id` is None where the logits held NaN."""
+    """The sampler's answer for one chunk. `token_id` is None where there is none: `error` says why, and None there
+    that the logits held NaN."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step gave: one token per chunk that samples, in order; prompt log-probabilities by seq_id."""
+
+    sampled: list[SampledToken]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]

@@ -69,7 +69,9 @@ class BlockManager:
 
         Takes no reference. Hashes are kept in the sequence, so that each block is hashed once in its life.
         """
-        num_full = (seq.num_tokens - 1) // self.block_size if self._caching else 0
+        # Prompt log-probabilities come from computing the prompt: such a request takes nothing from the cache.
+        may_hit = self._caching and seq.prompt_logprobs is None
+        num_full = (seq.num_tokens - 1) // self.block_size if may_hit else 0
         self._extend_hashes(seq, num_full)
         hashes = seq.block_hashes[:num_full]
         for group, pool in self._with(self.pools):

@@ -11,6 +11,7 @@ Source: Yu et al., "Orca" (OSDI 2022), section 3; Kwon et al., "PagedAttention" 
 
 import bisect
 import itertools
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -24,10 +25,10 @@ from fairlead.request import (
     SequenceStatus,
     TokenLogprobs,
 )
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch, ScheduledChunk
+from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import BlockManager
 
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the n seeds of a request differ
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the seeds of a request differ
 NAN_ERROR = "the model's logits were not a number"
 
 
@@ -63,7 +64,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request, seed: int) -> None:
-        """Queues a request; its other n - 1 sequences fork off the first one once the prompt is computed."""
+        """Queues a request; its other sequences fork off the first one once the prompt is computed."""
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
         seq = Sequence(
@@ -88,7 +89,12 @@ class Scheduler:
         assert step.chunks or not self.has_work, "there is work, but no sequence could be scheduled"
         return ScheduledBatch(chunks=tuple(step.chunks), block_copies=tuple(step.copies))
 
-    def update(self, batch: ScheduledBatch, sampled: Seq[SampledToken]) -> list[SequenceDelta]:
+    def update(
+        self,
+        batch: ScheduledBatch,
+        sampled: Seq[SampledToken],
+        prompt_logprobs: Mapping[int, Seq[TokenLogprobs]] | None = None,
+    ) -> list[SequenceDelta]:
         """Advances the sequences of a step; `sampled` has one entry per chunk that has a sample_seed, in order.
 
         Sequences that end give their blocks back. Those aborted since `schedule` are passed over.
@@ -101,6 +107,8 @@ class Scheduler:
             if seq is None:
                 continue
             seq.num_computed_tokens = chunk.start + len(chunk.token_ids)
+            if chunk.prompt_targets and seq.prompt_logprobs is not None and prompt_logprobs is not None:
+                seq.prompt_logprobs += prompt_logprobs[seq.seq_id]
             if token is not None:
                 if seq.num_output_tokens == 0 and seq.index == 0:
                     self._fork(seq)
@@ -110,7 +118,7 @@ class Scheduler:
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one of its sequences, and frees its blocks; does nothing if it has ended already.
 
-        Until the prompt of a request with n > 1 is computed it has no single sequences: only the whole can be ended.
+        Until the prompt of a request with several is computed it has no single sequences: only the whole can be ended.
         """
         for seq in list(self._requests.get(request_id, ())):
             if index is None or (seq.index == index and _seats(seq) == 1):
@@ -194,6 +202,14 @@ class Scheduler:
     def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int, copies: list[tuple[int, int, int]]) -> None:
         start = seq.num_computed_tokens
         end = start + num_tokens
+        samples = end == seq.num_tokens
+        context = None
+        if seq.edits_logits and samples:
+            context = SampleContext(request=seq.request, token_ids=tuple(seq.token_ids))
+        prompt_row, prompt_targets = 0, seq.request.prompt_token_ids[:0]
+        if seq.prompt_logprobs is not None:
+            first = max(start, len(seq.prompt_logprobs))  # after a preemption, some are there already
+            prompt_row, prompt_targets = first - start, seq.request.prompt_token_ids[first + 1 : end + 1]
         step.budget -= num_tokens
         step.copies += copies
         step.chunks.append(
@@ -203,8 +219,12 @@ class Scheduler:
                 start=start,
                 block_tables=tuple((t.first, tuple(t.blocks)) for t in seq.block_tables),
                 params=seq.request.params,
-                sample_seed=seq.seed if end == seq.num_tokens else None,
+                sample_seed=seq.seed if samples else None,
                 position=end,
+                num_logprobs=seq.num_logprobs,
+                context=context,
+                prompt_targets=prompt_targets,
+                prompt_row=prompt_row,
             )
         )
 
@@ -222,7 +242,7 @@ class Scheduler:
         """
         self._num_prompt += parent.num_prompt_tokens
         self._num_cached += parent.num_cached_tokens or 0
-        for index in range(1, parent.request.params.n):
+        for index in range(1, parent.request.params.num_sequences):
             child = Sequence(
                 seq_id=parent.seq_id + index,
                 request=parent.request,
@@ -242,6 +262,8 @@ class Scheduler:
         bisect.insort(self.running, seq, key=lambda s: s.seq_id)
 
     def _append(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
+        if token.token_id is None and token.error is not None:
+            return self._finish(seq, FinishReason.ERROR, error=token.error)
         if token.token_id is None:
             self._num_nan += 1
             self.blocks.unpublish(seq)
@@ -288,17 +310,19 @@ class Scheduler:
 def _seats(seq: Sequence) -> int:
     """Places that a sequence takes among the running: its own, and those of the siblings that it will fork."""
     forks_later = seq.index == 0 and seq.num_output_tokens == 0
-    return seq.request.params.n if forks_later else 1
+    return seq.request.params.num_sequences if forks_later else 1
 
 
 def _delta(
     seq: Sequence, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], error: str | None = None
 ) -> SequenceDelta:
+    prompt_logprobs, seq.prompt_logprobs = tuple(seq.prompt_logprobs or ()), None
     return SequenceDelta(
         request_id=seq.request.request_id,
         index=seq.index,
         token_ids=token_ids,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         finish_reason=seq.finish_reason,
         stop_reason=seq.stop_reason,
         num_cached_tokens=seq.num_cached_tokens or 0,

@@ -34,12 +34,14 @@ class Detokenizer:
     `num_tokens` counts the tokens that make up the text; `stop` is the stop string that ended it. Characters that may
     yet become part of a stop string are held back until that is decided. A stop string counts from the token at which
     its text is certain, so a push may go further than `num_tokens`: the tokens behind are not part of the sequence.
+    One that the first `min_tokens` tokens complete does not count.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Seq[int], params: SamplingParams) -> None:
         make = _ByteLevelStream if tokenizer.is_byte_level else _WindowStream
         self._stream: _Stream = make(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stops = _StopScanner(params.stop) if params.stop else None
+        self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
         self._parts: list[str] = []
         self._held = ""
@@ -77,7 +79,7 @@ class Detokenizer:
             self._parts.append(piece)
             return
         window = self._held + piece
-        match = self._stops.scan(piece)
+        match = self._stops.scan(piece, counts=self.num_tokens > self._min_tokens)
         if match is None:
             cut = len(window) - self._stops.num_held
         else:
@@ -108,22 +110,24 @@ class _StopScanner:
         self._firsts = frozenset(stop[0] for stop in stops)
         self.num_held = 0  # characters at the end of the text that may become part of a stop string
 
-    def scan(self, piece: str) -> _Match | None:
-        """Takes the next piece; returns the match that it completes."""
+    def scan(self, piece: str, *, counts: bool = True) -> _Match | None:
+        """Takes the next piece; returns the match that it completes, if matches count yet."""
         if not self.num_held and self._firsts.isdisjoint(piece):
             return None
-        found = [match for i in range(len(self._stops)) if (match := self._scan_one(i, piece))]
+        found = [match for i in range(len(self._stops)) if (match := self._scan_one(i, piece, counts))]
         self.num_held = max(self._matched)
         return max(found, default=None, key=lambda match: match[:2])
 
-    def _scan_one(self, index: int, piece: str) -> _Match | None:
+    def _scan_one(self, index: int, piece: str, counts: bool) -> _Match | None:
         (stop, borders), matched = self._stops[index], self._matched[index]
         for i, char in enumerate(piece):
             while matched and stop[matched] != char:
                 matched = borders[matched - 1]
             if stop[matched] == char:
                 matched += 1
-            if matched == len(stop):
+            if matched == len(stop) and not counts:
+                matched = borders[-1]
+            elif matched == len(stop):
                 end_before = len(piece) - i - 1
                 return _Match(end_before + len(stop), end_before, stop)
         self._matched[index] = matched

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from fairlead.request import CompletionOutput, RequestOutput
 from fairlead_server.protocol import ChatBody
-from fairlead_server.responses import Json, Sent, chat_logprobs, json_response, usage
+from fairlead_server.responses import Json, Sent, chat_logprobs, json_response, prompt_logprobs, usage
 from fairlead_server.service import Generation, Service, unless_disconnected
 from fairlead_server.streaming import EventStream
 
@@ -32,7 +32,8 @@ class ChatCompletion:
             }
             for choice in output.outputs
         ]
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage([output])}
+        whole = {**self._head("chat.completion"), "choices": choices, "usage": usage([output])}
+        return whole if output.prompt_logprobs is None else {**whole, "prompt_logprobs": prompt_logprobs(output)}
 
     async def chunks(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncGenerator[object, None]:
         """The answer piece by piece: per choice first its role, last its finish_reason."""

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import Sequence as Seq
 
 from fastapi import APIRouter, Request, Response
 
 from fairlead.request import CompletionOutput, RequestOutput
 from fairlead_server.protocol import CompletionBody
-from fairlead_server.responses import Json, Sent, completion_logprobs, json_response, usage
+from fairlead_server.responses import Entries, Json, Sent, completion_logprobs, json_response, prompt_logprobs, usage
 from fairlead_server.service import Generation, Service, unless_disconnected
 from fairlead_server.streaming import EventStream
 
@@ -34,8 +35,13 @@ class Completion:
         for i, output in enumerate(outputs):
             echo = self._echoes[i]
             for choice in output.outputs:
-                logprobs = completion_logprobs(choice, self._tokenizer, offset=len(echo))
-                choices.append(self._choice(i, choice, echo + choice.text, logprobs))
+                prompt = self._echoed(output)
+                offset = 0 if prompt[0] else len(echo)
+                logprobs = completion_logprobs(choice, self._tokenizer, offset=offset, prompt=prompt)
+                shown = self._choice(i, choice, echo + choice.text, logprobs)
+                if self._body.prompt_logprobs is not None:
+                    shown["prompt_logprobs"] = prompt_logprobs(output)
+                choices.append(shown)
         return {**self._head, "choices": choices, "usage": usage(outputs)}
 
     async def chunks(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncGenerator[object, None]:
@@ -45,21 +51,30 @@ class Completion:
         async for i, output in outputs:
             last[i] = output
             for choice in output.outputs:
-                piece = self._piece(i, choice, sent.setdefault((i, choice.index), Sent()))
+                piece = self._piece(i, output, choice, sent.setdefault((i, choice.index), Sent()))
                 if piece is not None:
                     yield {**self._head, "choices": [piece], **self._running_usage(last)}
         if self._body.include_usage:
             yield {**self._head, "choices": [], "usage": usage(last.values())}
 
-    def _piece(self, i: int, choice: CompletionOutput, sent: Sent) -> Json | None:
+    def _echoed(self, output: RequestOutput) -> tuple[Seq[int], Entries]:
+        """The prompt's tokens and their log-probabilities, where they are to be echoed."""
+        if not self._body.echoes_logprobs or output.prompt_logprobs is None:
+            return (), ()
+        return output.prompt_token_ids, output.prompt_logprobs
+
+    def _piece(self, i: int, output: RequestOutput, choice: CompletionOutput, sent: Sent) -> Json | None:
         if sent.finished:
             return None
         echo = "" if sent.started else self._echoes[i]
+        prompt: tuple[Seq[int], Entries] = ((), ()) if sent.started else self._echoed(output)
         sent.started = True
-        sent.offset += len(echo)
+        sent.offset += 0 if prompt[0] else len(echo)
         text, first_token = sent.advance(choice)
         sent.finished = choice.finished
-        logprobs = completion_logprobs(choice, self._tokenizer, first_token=first_token, offset=sent.offset)
+        logprobs = completion_logprobs(
+            choice, self._tokenizer, first_token=first_token, offset=sent.offset, prompt=prompt
+        )
         if logprobs is not None:
             sent.offset += sum(map(len, logprobs["tokens"]))
         if not (echo or text or choice.finished or logprobs):
@@ -94,11 +109,15 @@ def router(service: Service) -> APIRouter:
         for prompt in body.prompts():
             special = body.add_special_tokens is not False
             ids = await service.engine.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
-            requests.append(
-                service.request(ids, params, default_max_tokens=DEFAULT_MAX_TOKENS, salt=body.cache_salt or "")
-            )
-            text = prompt if isinstance(prompt, str) else service.engine.front_end.decode(ids) if body.echo else ""
-            echoes.append(text if body.echo else "")
+            request = service.request(ids, params, default_max_tokens=DEFAULT_MAX_TOKENS, salt=body.cache_salt or "")
+            requests.append(request)
+            is_whole = len(request.prompt_token_ids) == len(ids)
+            if not body.echo:
+                echoes.append("")
+            elif isinstance(prompt, str) and is_whole:
+                echoes.append(prompt)
+            else:
+                echoes.append(service.engine.front_end.decode(request.prompt_token_ids))
         completion = Completion(service, body, echoes, http.state.request_id)
         generation = Generation(service.engine, requests)
         try:
