@@ -218,4 +218,4 @@ def size_cache(
             f"one sequence of max_model_len {settings.max_model_len} needs {most} KV blocks "
             f"({sequence_bytes / 2**20:.1f} MiB), but there are {num_blocks} ({cache_mib:.1f} MiB); {remedy}"
         )
-    return tuple(-(-num_blocks * n // most) for n in per_sequence)
+    return tuple(num_blocks * n // most for n in per_sequence)

@@ -76,7 +76,9 @@ class SdpaAttention(SlotCacheOwner):
         super().__init__(shape, allocator)
         self._value_size = self.spec.value_size or self.spec.head_size
         self._slopes_H: torch.Tensor | None = None
+        self._mask_heads = 1  # a mask is the same for all heads, but with ALiBi
         if self.spec.alibi_slopes is not None:
+            self._mask_heads = self.spec.num_heads
             self._slopes_H = torch.tensor(self.spec.alibi_slopes, dtype=torch.float32)
         token_bytes = self.block_bytes() // shape.num_layers // shape.block_size
         self._max_group_tokens = _GROUP_BYTES * torch.get_num_threads() // token_bytes
@@ -86,7 +88,7 @@ class SdpaAttention(SlotCacheOwner):
         pieces = self._cut(metadata.query_lens_S.astype(np.int64), metadata.seq_lens_S.astype(np.int64))
         groups = tuple(
             self._group(pieces, members, metadata.block_tables_SB)
-            for members in _partition(pieces, self._max_group_tokens)
+            for members in _partition(pieces, self._max_group_tokens, _MAX_SCORES // self._mask_heads)
         )
         return _Plan(slot_mapping_T=torch.from_numpy(metadata.slot_mapping_T.astype(np.int64)), groups=groups)
 
@@ -216,8 +218,7 @@ class SdpaAttention(SlotCacheOwner):
         elif window is not None:
             alone_S &= seq_lens_S <= window
         first_rows_S = np.cumsum(query_lens_S) - query_lens_S
-        num_heads = 1 if self._slopes_H is None else self.spec.num_heads
-        num_scores_S = query_lens_S * seq_lens_S * num_heads
+        num_scores_S = query_lens_S * seq_lens_S * self._mask_heads
         num_pieces_S = np.where(alone_S, 1, np.minimum(-(-num_scores_S // _MAX_SCORES), query_lens_S))
         size_S = -(-query_lens_S // num_pieces_S)
         num_pieces_S = -(-query_lens_S // size_S)
@@ -252,7 +253,7 @@ def _rows(
     return queries, torch.from_numpy(queries_SQ[is_query_SQ]), torch.from_numpy(np.flatnonzero(is_query_SQ))
 
 
-def _partition(pieces: _Pieces, max_tokens: int) -> list[np.ndarray]:
+def _partition(pieces: _Pieces, max_tokens: int, max_scores: int) -> list[np.ndarray]:
     """Splits the pieces into groups of like query and context length, decodes apart from chunks."""
     query_lens, seq_lens, is_alone = pieces.query_lens_P, pieces.seq_lens_P - pieces.lows_P, pieces.alone_P
     groups: list[list[int]] = [[int(i)] for i in np.flatnonzero(is_alone)]
@@ -269,7 +270,7 @@ def _partition(pieces: _Pieces, max_tokens: int) -> list[np.ndarray]:
             and queries >= _MIN_FILL * num_queries
             and low >= _MIN_FILL * high
             and num_padded <= max_tokens
-            and num_padded * num_queries <= _MAX_SCORES
+            and num_padded * num_queries <= max_scores
         )
         if members and fits:
             members.append(i)
