@@ -25,6 +25,8 @@ class Request:
 
     `cache_salt` separates prefix-cache tenants: blocks are shared only among equal salts. `bad_words_token_ids` are
     the spellings of params.bad_words: the last token of one is never sampled where the output ends with the others.
+    With `num_beam_candidates` it is one beam's step of the engine's own: the edited log-probabilities of so many best
+    tokens come back, in place of the unedited ones.
     """
 
     request_id: str
@@ -33,6 +35,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    num_beam_candidates: int = 0
 
     def check(self, *, max_model_len: int, vocab_size: int, max_num_seqs: int) -> None:
         """Raises RequestError if a model of these limits can never run this request."""
@@ -116,6 +119,8 @@ class Sequence:
         params = self.request.params
         self.edits_logits = params.edits_logits
         self.num_logprobs = 0 if params.logprobs is None and params.is_ranked else params.logprobs
+        if self.request.num_beam_candidates:
+            self.num_logprobs = self.request.num_beam_candidates
         self.prompt_logprobs = [] if params.prompt_logprobs is not None and self.index == 0 else None
 
     @property

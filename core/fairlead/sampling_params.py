@@ -3,7 +3,8 @@
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 from fairlead.errors import RequestError
 
@@ -12,6 +13,7 @@ MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
+MAX_BEAM_STOP_TOKENS = 16  # a step looks at 1 + as many candidates per beam
 _MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -43,6 +45,9 @@ class SamplingParams:
     the end of the context. Raises RequestError (a ValueError) on a value out of range.
 
     `best_of` sequences are made, and the n of the highest cumulative log-probability come back, best first.
+    `use_beam_search` (at temperature 0) keeps best_of, or else n, beams, as transformers does: a finished one scores
+    its log-probability divided by length ** length_penalty, and the search ends with as many finished ones
+    (early_stopping=True), when a guess says that no better one will come (False), or when none can ("never").
     `truncate_prompt_tokens=k` keeps the prompt's last k tokens, -1 as many as leave room for max_tokens (or one).
     `spaces_between_special_tokens` is taken and changes nothing: only slow tokenizers, which we never use, know it.
 
@@ -74,6 +79,9 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processors: tuple[object, ...] = ()
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -90,6 +98,7 @@ class SamplingParams:
             ("frequency_penalty", -2.0, 2.0, "a number in [-2, 2]"),
             ("repetition_penalty", 0.0, math.inf, "a finite number > 0"),
             ("temperature", 0.0, math.inf, "a finite number >= 0"),
+            ("length_penalty", -10.0, 10.0, "a number in [-10, 10]"),
             ("top_p", 0.0, 1.0, "a number in (0, 1]"),
             ("min_p", 0.0, 1.0, "a number in [0, 1]"),
         ):
@@ -123,6 +132,7 @@ class SamplingParams:
         for processor in self.logits_processors:
             ok = callable(processor) or (isinstance(processor, str) and processor != "")
             _check(ok, "logits_processors", processor, "names of entry points, or callables")
+        self._check_beams()
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
 
@@ -156,6 +166,19 @@ class SamplingParams:
                 _check(_is_number(value) and -100 <= value <= 100, "logit_bias", value, "of numbers in [-100, 100]")
         _check(isinstance(self.logits_processors, tuple), "logits_processors", self.logits_processors, "a list")
 
+    def _check_beams(self) -> None:
+        _check(isinstance(self.use_beam_search, bool), "use_beam_search", self.use_beam_search, "true or false")
+        ok = isinstance(self.early_stopping, bool) or self.early_stopping == "never"
+        _check(ok, "early_stopping", self.early_stopping, "true, false or 'never'")
+        if not self.use_beam_search:
+            _check(self.early_stopping is False, "early_stopping", self.early_stopping, "False without use_beam_search")
+            _check(self.length_penalty == 1, "length_penalty", self.length_penalty, "1 without use_beam_search")
+            return
+        _check(self.temperature == 0, "temperature", self.temperature, "0 with use_beam_search")
+        _check(self.stop == (), "stop", self.stop, "empty with use_beam_search; use stop_token_ids")
+        want = f"at most {MAX_BEAM_STOP_TOKENS} with use_beam_search"
+        _check(len(self.stop_token_ids) <= MAX_BEAM_STOP_TOKENS, "stop_token_ids", len(self.stop_token_ids), want)
+
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
@@ -163,13 +186,31 @@ class SamplingParams:
 
     @property
     def num_sequences(self) -> int:
-        """How many sequences are made; n of them come back."""
+        """How many sequences the engine brings back; n of them are the answer. (Beams are chosen by the engine.)"""
+        return self.n if self.use_beam_search else self.beam_width
+
+    @property
+    def beam_width(self) -> int:
+        """How many beams a search keeps."""
         return self.best_of or self.n
 
     @property
     def is_ranked(self) -> bool:
         """Whether what comes back is known only when every sequence has ended."""
-        return self.num_sequences > self.n
+        return self.use_beam_search or self.num_sequences > self.n
+
+    def for_one_beam(self, *, with_prompt_logprobs: bool) -> "SamplingParams":
+        """How a single beam takes its next step."""
+        return replace(
+            self,
+            n=1,
+            best_of=None,
+            use_beam_search=False,
+            length_penalty=1.0,
+            early_stopping=False,
+            logprobs=None,
+            prompt_logprobs=self.prompt_logprobs if with_prompt_logprobs else None,
+        )
 
     @property
     def is_penalised(self) -> bool:
@@ -192,6 +233,11 @@ class SamplingParams:
     def callables(self) -> tuple[Callable[..., object], ...]:
         """The logits processors that are no names: they work in the process that made them, and nowhere else."""
         return tuple(processor for processor in self.logits_processors if callable(processor))
+
+
+def stop_tokens(params: SamplingParams, eos_token_ids: Seq[int]) -> tuple[int, ...]:
+    """The tokens that end a sequence."""
+    return params.stop_token_ids + (() if params.ignore_eos else tuple(eos_token_ids))
 
 
 def _as_int(key: object) -> object:

@@ -34,6 +34,9 @@ _SAMPLING_FIELDS = (
     "logit_bias",
     "allowed_token_ids",
     "logits_processors",
+    "use_beam_search",
+    "length_penalty",
+    "early_stopping",
     "truncate_prompt_tokens",
     "skip_special_tokens",
     "spaces_between_special_tokens",
@@ -89,6 +92,9 @@ class GenerationBody(_Body):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
     logits_processors: list[Text] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool | None = None
@@ -103,6 +109,8 @@ class GenerationBody(_Body):
             raise RequestError("stream_options needs stream=true", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+        if self.stream and self.use_beam_search:
+            raise RequestError("a beam search cannot be streamed", param="use_beam_search")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
             raise RequestError("a choice among best_of sequences cannot be streamed", param="best_of")
 

@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from fairlead.errors import RequestError
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "length_penalty": (1,),
-    "use_beam_search": (False,),
-    "early_stopping": (False,),
     "suffix": ("",),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),

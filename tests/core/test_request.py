@@ -123,6 +123,11 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"logprobs": 21},
     {"logprobs": True},
     {"prompt_logprobs": -1},
+    {"use_beam_search": 1},
+    {"length_penalty": 0.5},
+    {"early_stopping": True},
+    {"early_stopping": "always"},
+    {"early_stopping": None},
     {"best_of": 0},
     {"best_of": 129},
     {"best_of": True},
@@ -159,6 +164,34 @@ def test_one_stop_string_and_lists_become_tuples() -> None:
     assert SamplingParams(stop="end").stop == ("end",)  # type: ignore[arg-type]
     assert SamplingParams(stop=["a", "b"], stop_token_ids=[1]).stop == ("a", "b")  # type: ignore[arg-type]
     assert SamplingParams(stop=None, stop_token_ids=None).stop_token_ids == ()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"stop": "x"}, "stop"),
+        ({"stop_token_ids": list(range(17))}, "stop_token_ids"),
+        ({"length_penalty": math.nan}, "length_penalty"),
+        ({"length_penalty": 11}, "length_penalty"),
+        ({"early_stopping": "sometimes"}, "early_stopping"),
+        ({"early_stopping": 1}, "early_stopping"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+    ],
+    ids=str,
+)
+def test_beams_have_rules_of_their_own(settings: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError, match=param) as caught:
+        SamplingParams(**{"use_beam_search": True, "temperature": 0, **settings})
+    assert caught.value.param == param
+
+
+def test_the_widths_of_a_beam_search() -> None:
+    params = SamplingParams(
+        use_beam_search=True, temperature=0, n=2, best_of=5, length_penalty=-1, early_stopping="never"
+    )
+    assert (params.beam_width, params.num_sequences, params.is_ranked) == (5, 2, True)
+    assert SamplingParams(use_beam_search=True, temperature=0, n=3).beam_width == 3
 
 
 def test_best_of_is_at_least_n() -> None:

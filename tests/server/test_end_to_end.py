@@ -97,6 +97,16 @@ def test_echo_with_logprobs_as_evaluation_harnesses_send_it(client: openai.OpenA
         assert all(value < 0 for value in found.token_logprobs[1:])
 
 
+def test_beams_come_best_first(client: openai.OpenAI) -> None:
+    extra = {"use_beam_search": True, "best_of": 3}
+    answer = client.completions.create(
+        model="demo", prompt="ROMEO:", n=2, temperature=0, max_tokens=8, logprobs=0, extra_body=extra
+    )
+    sums = [sum(choice.logprobs.token_logprobs or ()) for choice in answer.choices if choice.logprobs is not None]
+    assert len(sums) == 2
+    assert sums[0] >= sums[1]
+
+
 def test_errors_are_the_clients_own_types(client: openai.OpenAI, server: str) -> None:
     with pytest.raises(openai.NotFoundError, match="The model `gpt` does not exist"):
         client.completions.create(model="gpt", prompt="Hi")

@@ -55,12 +55,15 @@ PARAMS = SamplingParams(
     logits_processors=("name",),
 )
 
+BEAMS = SamplingParams(use_beam_search=True, temperature=0, best_of=3, length_penalty=0.5, early_stopping="never")
+
 
 @pytest.mark.parametrize(
     "message",
     [
         messages.Add(Request(request_id="a", prompt_token_ids=(1, 2), params=PARAMS, cache_salt="s")),
         messages.Add(Request(request_id="a", prompt_token_ids=(1,), bad_words_token_ids=((4, 5), (6,)))),
+        messages.Add(Request(request_id="a", prompt_token_ids=(1,), params=BEAMS, num_beam_candidates=6)),
         messages.Abort("a"),
         messages.Abort("a", 3),
         messages.Stop(),

@@ -76,6 +76,12 @@ def test_every_sampling_field_arrives() -> None:
     assert params == SamplingParams(**{**fields, "logprobs": 3})
 
 
+def test_beam_fields_arrive() -> None:
+    fields = {"use_beam_search": True, "temperature": 0, "best_of": 4, "length_penalty": 0.5, "early_stopping": "never"}
+    params = completion(**fields).sampling_params(DEFAULTS)
+    assert params == SamplingParams(**fields, top_p=0.9, max_tokens=None)
+
+
 def test_max_completion_tokens_goes_before_max_tokens() -> None:
     assert chat(max_tokens=5, max_completion_tokens=7).sampling_params(DEFAULTS).max_tokens == 7
     assert chat(max_tokens=5).sampling_params(DEFAULTS).max_tokens == 5
@@ -102,7 +108,6 @@ NOT_NEUTRAL = {
     "guided_json": {},
     "guided_choice": ["a"],
     "structured_outputs": {"regex": "a"},
-    "use_beam_search": True,
     "chat_template": "{{ ''.__class__.__mro__ }}",
     "modalities": ["text", "audio"],
 }
@@ -131,6 +136,13 @@ def test_a_number_is_no_boolean() -> None:
     [
         ({"best_of": 1, "n": 2}, "best_of"),
         ({"best_of": 129}, "best_of"),
+        ({"use_beam_search": True, "temperature": 0, "stream": True}, "use_beam_search"),
+        ({"use_beam_search": True, "temperature": 0.5}, "temperature"),
+        ({"use_beam_search": True, "temperature": 0, "stop": "x"}, "stop"),
+        ({"use_beam_search": 1}, "use_beam_search"),
+        ({"early_stopping": True}, "early_stopping"),
+        ({"early_stopping": "always"}, "early_stopping"),
+        ({"length_penalty": 2}, "length_penalty"),
         ({"best_of": 3, "n": 2, "stream": True}, "best_of"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
         ({"truncate_prompt_tokens": 2**63}, "truncate_prompt_tokens"),

@@ -4,6 +4,7 @@ import random
 
 from fairlead import plugins
 from fairlead.config import EngineConfig
+from fairlead.engine.beam_search import BeamSearches
 from fairlead.engine.builder import build
 from fairlead.request import EngineInfo, EngineStats, Request, SequenceDelta
 from fairlead.scheduling.block_manager import BlockManager
@@ -32,6 +33,7 @@ class EngineCore:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
         )
+        self._beams = BeamSearches(self.scheduler)
         self._seeds = random.Random(config.model.seed)
 
     @property
@@ -47,11 +49,14 @@ class EngineCore:
             if isinstance(processor, str):
                 plugins.load_logits_processor(processor)
         seed = request.params.seed
-        self.scheduler.add(request, self._seeds.getrandbits(64) if seed is None else seed % 2**64)
+        add = self._beams.add if request.params.use_beam_search else self.scheduler.add
+        add(request, self._seeds.getrandbits(64) if seed is None else seed % 2**64)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request (or one of its n sequences) without a delta; does nothing if it is over."""
+        """Ends a request (or one of its sequences) without a delta; does nothing if it is over."""
         self.scheduler.abort(request_id, index)
+        if index is None:
+            self._beams.abort(request_id)
 
     def step(self) -> list[SequenceDelta]:
         """Runs one step; returns what it added to each sequence. Call only while `has_work`.
@@ -63,8 +68,10 @@ class EngineCore:
             result = self._runner.execute(batch)
         except BaseException:  # Ctrl-C too: no request may stay behind half computed
             self.scheduler.abort_all()
+            self._beams.clear()
             raise
-        return self.scheduler.update(batch, result.sampled, result.prompt_logprobs)
+        deltas = self.scheduler.update(batch, result.sampled, result.prompt_logprobs)
+        return self._beams.take(deltas) if self._beams else deltas
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""
@@ -78,4 +85,5 @@ class EngineCore:
     def close(self) -> None:
         """Ends every request and lets go of the model and its cache."""
         self.scheduler.abort_all()
+        self._beams.clear()
         del self._runner

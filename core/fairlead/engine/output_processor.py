@@ -91,7 +91,7 @@ class _RequestState:
 
     def output(self) -> RequestOutput:
         sequences = self.sequences
-        if self.request.params.is_ranked:
+        if len(sequences) > self.request.params.n:
             sequences = sorted(sequences, key=lambda s: -(s.cumulative_logprob or 0.0))[: self.request.params.n]
         return RequestOutput(
             request_id=self.request.request_id,

@@ -17,7 +17,7 @@ import torch
 
 from fairlead import plugins
 from fairlead.interface import LogitsProcessor
-from fairlead.request import Request
+from fairlead.sampling_params import stop_tokens
 from fairlead.scheduling.batch import SampleContext, ScheduledChunk
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -166,16 +166,11 @@ def _banned(context: SampleContext) -> Iterator[int]:
     """Tokens that min_tokens and bad words forbid next."""
     request, output = context.request, context.output
     if len(output) < request.params.min_tokens:
-        yield from stop_tokens(request)
+        yield from stop_tokens(request.params, request.eos_token_ids)
     for word in request.bad_words_token_ids:
         *before, last = word
         if len(before) <= len(output) and output[len(output) - len(before) :] == tuple(before):
             yield last
-
-
-def stop_tokens(request: Request) -> tuple[int, ...]:
-    """The tokens that end a request's sequences."""
-    return request.params.stop_token_ids + (() if request.params.ignore_eos else request.eos_token_ids)
 
 
 def _process(edited_SV: torch.Tensor, row: int, context: SampleContext) -> str | None:

@@ -57,6 +57,7 @@ class DrawnRows:
 class SamplingBatch:
     """The sampling parameters of a step's rows, on the host. Rows that are neither plain nor filtered are greedy."""
 
+    beams: list[int]  # rows that are steps of a beam search
     edits: LogitEdits | None  # of the logits, before all else
     plain: DrawnRows | None  # drawn from the whole distribution
     filtered: DrawnRows | None  # cut by top_k, top_p or min_p first
@@ -67,6 +68,7 @@ class SamplingBatch:
         """Collects the parameters of the chunks that sample, in order."""
         drawn = [(i, _keeps_all(c.params)) for i, c in enumerate(chunks) if not c.params.is_greedy]
         return cls(
+            beams=[i for i, c in enumerate(chunks) if c.is_beam],
             edits=LogitEdits.of(chunks),
             plain=DrawnRows.of(chunks, [i for i, keeps_all in drawn if keeps_all]),
             filtered=DrawnRows.of(chunks, [i for i, keeps_all in drawn if not keeps_all]),
@@ -103,9 +105,16 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
 
     Greedy rows take the first of the largest logits. The others: temperature, then top_k, top_p and min_p, each on
     the distribution that the one before left, renormalised (the order of transformers), all of it on the edited logits.
-    Log-probabilities are those of the unchanged ones.
+    Log-probabilities are those of the unchanged ones. Of a beam, it is the log-probabilities that are edited, as
+    transformers does, and these that are returned.
     """
-    edited_SV, errors = (logits_SV, {}) if batch.edits is None else batch.edits.apply(logits_SV)
+    edited_SV = logits_SV
+    if batch.beams:
+        edited_SV = logits_SV.clone()
+        edited_SV[batch.beams] = edited_SV[batch.beams].log_softmax(-1)
+    errors: dict[int, str] = {}
+    if batch.edits is not None:
+        edited_SV, errors = batch.edits.apply(edited_SV)
     best_S, tokens_S = edited_SV.max(dim=-1)
     # A row's own parameters alone decide how it is drawn: else its tokens would depend on what shares its batch.
     for drawn, draw in ((batch.plain, _draw_plain), (batch.filtered, _draw_filtered)):
@@ -123,7 +132,7 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
         is_bad_S |= is_nan_S
     is_bad = is_bad_S.tolist()
     token_ids: list[int] = tokens_S.tolist()
-    logprobs = _logprobs(logits_SV, tokens_S, batch)
+    logprobs = _logprobs(logits_SV, edited_SV, tokens_S, batch)
     sampled = [
         SampledToken(token_id=None if bad else token_id, logprobs=None if bad else row)
         for token_id, bad, row in zip(token_ids, is_bad, logprobs, strict=True)
@@ -192,13 +201,19 @@ def _draw_best(probs_RV: torch.Tensor, settings_4R: torch.Tensor, width: int) ->
     return tokens_R1[:, 0], is_kept_RW.all(-1) & ~has_top_k_R1[:, 0]
 
 
-def _logprobs(logits_SV: torch.Tensor, tokens_S: torch.Tensor, batch: SamplingBatch) -> list[TokenLogprobs | None]:
+def _logprobs(
+    logits_SV: torch.Tensor, edited_SV: torch.Tensor, tokens_S: torch.Tensor, batch: SamplingBatch
+) -> list[TokenLogprobs | None]:
     """Per row: the sampled token, then the best ones, as many as the row wants; None for rows that want none."""
     if all(k is None for k in batch.logprobs_S):
         return [None] * len(batch.logprobs_S)
     rows = [(i, k) for i, k in enumerate(batch.logprobs_S) if k is not None]
     index_R = torch.tensor([i for i, _ in rows], device=logits_SV.device)
-    reported = token_logprobs(logits_SV[index_R].log_softmax(-1), tokens_S[index_R], [k for _, k in rows])
+    logprobs_RV = logits_SV[index_R].log_softmax(-1)
+    if batch.beams:
+        is_beam_R = torch.isin(index_R, torch.tensor(batch.beams, device=index_R.device))
+        logprobs_RV[is_beam_R] = edited_SV[index_R[is_beam_R]]
+    reported = token_logprobs(logprobs_RV, tokens_S[index_R], [k for _, k in rows])
     found: list[TokenLogprobs | None] = [None] * len(batch.logprobs_S)
     for (i, _), row in zip(rows, reported, strict=True):
         found[i] = row

@@ -28,7 +28,8 @@ class ScheduledChunk:
     `start` tokens are in the cache already. `block_tables` has, per cache group, the number of the first block held and
     the blocks from there on. `sample_seed` is None where the chunk ends before the last known token,
     so that nothing is sampled; else it makes the draw reproducible. `position` is the index of the token to sample.
-    `num_logprobs` best tokens are wanted beside the sampled one, or no log-probability at all.
+    `num_logprobs` best tokens are wanted beside the sampled one, or no log-probability at all; of a beam (`is_beam`)
+    those of the edited log-probabilities.
     `context` is there only where the params edit the logits and a token is sampled. `prompt_targets` are prompt tokens
     whose log-probabilities are wanted; the chunk's tokens from number `prompt_row` on predict them, one each.
     """
@@ -41,6 +42,7 @@ class ScheduledChunk:
     sample_seed: int | None
     position: int
     num_logprobs: int | None = None
+    is_beam: bool = False
     context: SampleContext | None = None
     prompt_targets: tuple[int, ...] = ()
     prompt_row: int = 0

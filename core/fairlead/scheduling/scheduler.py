@@ -63,8 +63,11 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, request: Request, seed: int) -> None:
-        """Queues a request; its other sequences fork off the first one once the prompt is computed."""
+    def add(self, request: Request, seed: int, output_token_ids: tuple[int, ...] = ()) -> None:
+        """Queues a request; its other sequences fork off the first one once the prompt is computed.
+
+        A request that has `output_token_ids` already goes on behind them, as after a preemption.
+        """
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
         seq = Sequence(
@@ -72,7 +75,8 @@ class Scheduler:
             request=request,
             index=0,
             seed=seed,
-            token_ids=list(request.prompt_token_ids),
+            token_ids=[*request.prompt_token_ids, *output_token_ids],
+            num_cached_tokens=0 if output_token_ids else None,
         )
         self._num_added += 1
         self._requests[request.request_id] = [seq]
@@ -222,6 +226,7 @@ class Scheduler:
                 sample_seed=seq.seed if samples else None,
                 position=end,
                 num_logprobs=seq.num_logprobs,
+                is_beam=seq.request.num_beam_candidates > 0,
                 context=context,
                 prompt_targets=prompt_targets,
                 prompt_row=prompt_row,
