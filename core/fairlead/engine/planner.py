@@ -65,7 +65,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     Raises ModelError, PluginError, ConfigError or KVCacheMemoryError; each says what to do.
     """
     checkpoint = Checkpoint.open(config.model)
-    model_config = registry.complete_config(checkpoint.architecture, checkpoint.config)
+    model_config = registry.read_config(checkpoint.architecture, checkpoint.config)
     shape = ModelShape.of(model_config)
     record, device = plugins.choose(config.platform)
     platform = plugins.create(record, device)

@@ -47,6 +47,11 @@ class LlamaForCausalLM(torch.nn.Module):
         logits_SV: torch.Tensor = self.lm_head(hidden_SE)
         return logits_SV
 
+    @classmethod
+    def read_config(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The config, with the family's defaults for what it leaves out."""
+        return {**cls.defaults, **config}
+
     @property
     def unused_weights(self) -> tuple[str, ...]:
         return ()

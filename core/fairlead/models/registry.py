@@ -10,7 +10,7 @@ from fairlead.errors import UnsupportedModelError
 from fairlead.layers.context import BuildContext, Step
 from fairlead.models.config import ModelShape, refuse
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "DeepseekV2ForCausalLM": "fairlead.models.deepseek:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "fairlead.models.deepseek:DeepseekV3ForCausalLM",
     "Gemma2ForCausalLM": "fairlead.models.gemma2:Gemma2ForCausalLM",
@@ -29,10 +29,17 @@ _ARCHITECTURES = {
     "SmolLM3ForCausalLM": "fairlead.models.smollm3:SmolLM3ForCausalLM",
     "StableLmForCausalLM": "fairlead.models.stablelm:StableLmForCausalLM",
 }
+"""The families that have a file here."""
 
 
 class CausalLM(Protocol):
-    """What the model runner asks of a model."""
+    """What the model runner asks of a model.
+
+    Its class is made with (config, shape, ctx). It may have a static or class method `read_config`, which turns
+    config.json into what ModelShape reads and the class gets; and two attributes for the loader: `checkpoint_names`,
+    which turns parts of our parameter names into the checkpoint's, and `unused_weights`, prefixes of stored tensors
+    that are not read.
+    """
 
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         """Hidden states (T, E) of the step's packed tokens."""
@@ -45,27 +52,29 @@ class CausalLM(Protocol):
 
 def check_supported(architecture: str) -> None:
     """Raises UnsupportedModelError, listing what there is, for an architecture without a class."""
-    if architecture not in _ARCHITECTURES:
+    if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(_ARCHITECTURES))}"
+            f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
 
 
-def complete_config(architecture: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with the family's defaults where it leaves something out; UnsupportedModelError as above."""
+def read_config(architecture: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config as the architecture's class wants it; UnsupportedModelError as above."""
     check_supported(architecture)
     refuse(config, "quantization_config")
-    return {**getattr(_model_class(architecture), "defaults", {}), **config}
+    read = getattr(_model_class(architecture), "read_config", None)
+    result: Mapping[str, Any] = config if read is None else read(config)
+    return result
 
 
 def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
-    """Makes the model of a completed config, its weights on the meta device."""
+    """Makes the model, its weights on the meta device. `config` is what read_config returned."""
     check_supported(architecture)
     return _model_class(architecture)(config, shape, ctx)
 
 
 def _model_class(architecture: str) -> Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]:
-    module, name = _ARCHITECTURES[architecture].split(":")
+    module, name = ARCHITECTURES[architecture].split(":")
     found: Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]
     found = getattr(importlib.import_module(module), name)
     return found

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from fairlead import LLM, SamplingParams
-from fairlead.testing.equality import MAX_PROMPT, Reference, logits_of, prompts_for, redraw
+from fairlead.testing.reference import MAX_PROMPT, Reference, logits_of, prompts_for, redraw
 
 BLOCK_SIZE = 16
 WINDOW = 24

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from fairlead import LLM, SamplingParams, demo
-from fairlead.testing.equality import MAX_PROMPT, Reference, prompts_for
+from fairlead.testing.reference import MAX_PROMPT, Reference, prompts_for
 from fairlead.testing.tiny_model import write_tiny_llama
 
 BLOCK_SIZE = 16
