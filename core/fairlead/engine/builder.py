@@ -56,7 +56,8 @@ def build(config: EngineConfig) -> BuiltEngine:
     """
     checkpoint = Checkpoint.open(config.model)
     registry.check_supported(checkpoint.architecture)
-    shape = ModelShape.of(checkpoint.config)
+    model_config = registry.read_config(checkpoint.architecture, checkpoint.config)
+    shape = ModelShape.of(model_config)
     record, device = plugins.choose(config.platform)
     platform = plugins.create(record, device)
     settings, reasons = negotiate(config, checkpoint, shape, platform)
@@ -69,7 +70,7 @@ def build(config: EngineConfig) -> BuiltEngine:
         device=platform.torch_device,
         max_model_len=settings.max_model_len,
     )
-    model = registry.build_model(checkpoint.architecture, checkpoint.config, shape, context)
+    model = registry.build_model(checkpoint.architecture, model_config, shape, context)
     groups = number_layers(model)
     reasons += _head_size_reasons(groups, platform.capabilities.head_sizes)
     if reasons:

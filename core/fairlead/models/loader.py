@@ -5,6 +5,7 @@ plus one tensor. Whatever does not fit is found before anything is allocated.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,8 +32,23 @@ class _Target:
         return (self.stop - self.start, *self.parameter.shape[1:])
 
 
+@runtime_checkable
+class LoadsItself(Protocol):
+    """A model whose checkpoint only its own code can read; it does what the two functions below do."""
+
+    def load_weights(self, checkpoint: Checkpoint, allocator: MemoryAllocator) -> int:
+        """Loads all weights; returns their bytes."""
+        ...
+
+    def dummy_weights(self, allocator: MemoryAllocator, *, seed: int) -> int:
+        """Fills the model with random weights; returns their bytes."""
+        ...
+
+
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: MemoryAllocator) -> int:
     """Loads all weights; returns their bytes. Raises CheckpointError or ModelNotFoundError naming file and tensor."""
+    if isinstance(model, LoadsItself):
+        return model.load_weights(checkpoint, allocator)
     targets = _targets(model)
     stored = checkpoint.tensors()
     _check(targets, stored, checkpoint)
@@ -54,6 +70,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
 
 def dummy_weights(model: torch.nn.Module, allocator: MemoryAllocator, *, seed: int) -> int:
     """Fills the model with small random weights (norms with ones), for benchmarks; returns their bytes."""
+    if isinstance(model, LoadsItself):
+        return model.dummy_weights(allocator, seed=seed)
     memory = _allocate(model, allocator)
     generator = torch.Generator().manual_seed(seed)
     for tensor in memory.values():

@@ -1,4 +1,4 @@
-"""Which class runs which architecture."""
+"""Which class runs which architecture: a family's own file, a plugin's, or transformers' modelling code."""
 
 import importlib
 from collections.abc import Mapping
@@ -6,17 +6,25 @@ from typing import Any, Protocol
 
 import torch
 
-from fairlead.errors import UnsupportedModelError
+from fairlead import plugins
+from fairlead.errors import PluginError, UnsupportedModelError
 from fairlead.layers.context import BuildContext, Step
 from fairlead.models.config import ModelShape
 
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
 }
+"""The families that have a file here."""
+
+FALLBACK = "fairlead.models.transformers_fallback:TransformersForCausalLM"
 
 
 class CausalLM(Protocol):
-    """What the model runner asks of a model."""
+    """What the model runner asks of a model.
+
+    Its class is made with (config, shape, ctx). Where config.json uses names of its own, a static method
+    `read_config` of the class turns it into the names that ModelShape reads, and the class gets the result.
+    """
 
     def __call__(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         """Hidden states (T, E) of the step's packed tokens."""
@@ -29,15 +37,42 @@ class CausalLM(Protocol):
 
 def check_supported(architecture: str) -> None:
     """Raises UnsupportedModelError, listing what there is, for an architecture without a class."""
-    if architecture not in _ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(_ARCHITECTURES))}"
-        )
+    _find(architecture)
+
+
+def read_config(architecture: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config as the architecture's class wants it, with the sizes under the names that ModelShape reads."""
+    read = getattr(_load(_find(architecture)), "read_config", None)
+    result: Mapping[str, Any] = config if read is None else read(config)
+    return result
 
 
 def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
-    """Makes the model, its weights on the meta device."""
-    check_supported(architecture)
-    module, name = _ARCHITECTURES[architecture].split(":")
-    model: torch.nn.Module = getattr(importlib.import_module(module), name)(config, shape, ctx)
+    """Makes the model, its weights on the meta device. `config` is what read_config returned."""
+    model: torch.nn.Module = _load(_find(architecture))(config, shape, ctx)
     return model
+
+
+def _find(architecture: str) -> str:
+    """ "module:Class" of an architecture."""
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    brought = plugins.model_classes()
+    if architecture in brought:
+        return brought[architecture]
+    from fairlead.models import transformers_fallback  # takes seconds to import: only where nothing else serves
+
+    if transformers_fallback.check_supported(architecture):
+        return FALLBACK
+    raise UnsupportedModelError(
+        f"architecture {architecture!r} is not supported; it has no file here, no plugin brings it and transformers "
+        f"does not know it; those with a file are: {', '.join(sorted({*ARCHITECTURES, *brought}))}"
+    )
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"the model class {path} that a plugin names cannot be imported: {error}") from error
