@@ -20,10 +20,19 @@ class Embedding(torch.nn.Module):
 class OutputHead(torch.nn.Module):
     """Hidden states (S, E) to logits (S, V) in float32; shares the embedding's weight where `tied_to` is given."""
 
-    def __init__(self, vocab_size: int, size: int, ctx: BuildContext, *, tied_to: Embedding | None = None) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        size: int,
+        ctx: BuildContext,
+        *,
+        tied_to: Embedding | None = None,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self._linear = ctx.ops.linear
         self.weight = ctx.weight(vocab_size, size) if tied_to is None else tied_to.weight
+        self.bias = ctx.weight(vocab_size) if bias else None
 
     def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        return self._linear(hidden_SE, self.weight, None).float()
+        return self._linear(hidden_SE, self.weight, self.bias).float()

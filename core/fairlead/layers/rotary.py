@@ -13,27 +13,49 @@ SUPPORTED = ("default", "linear", "llama3")
 
 
 class Rotary(torch.nn.Module):
-    """Rotates q (T, H, D) and k (T, K, D) by their positions, from a table made once for the whole context."""
+    """Rotates q (T, H, D) and k (T, K, D) by their positions, from a table made once for the whole context.
 
-    def __init__(self, head_size: int, params: Mapping[str, Any], ctx: BuildContext) -> None:
+    With a `partial_rotary_factor` only the first `rotary_size` of the D dimensions are rotated. `interleaved` pairs
+    neighbouring dimensions, as GPT-J and ChatGLM do, instead of the two halves.
+    """
+
+    def __init__(
+        self, head_size: int, params: Mapping[str, Any], ctx: BuildContext, *, interleaved: bool = False
+    ) -> None:
         super().__init__()
         self._rotate = ctx.ops.rotary_embedding
+        self._interleaved = interleaved
+        self._is_partial = params["partial_rotary_factor"] != 1
+        self.rotary_size = int(head_size * params["partial_rotary_factor"])
+        if not 0 < self.rotary_size <= head_size or self.rotary_size % 2:
+            raise UnsupportedModelError(
+                f"partial_rotary_factor {params['partial_rotary_factor']} rotates {self.rotary_size} of {head_size} "
+                "dimensions; it must be an even number of them"
+            )
         positions = torch.arange(ctx.max_model_len, dtype=torch.float32)
-        angles = torch.outer(positions, inverse_frequencies(head_size, params)).repeat(1, 2)
+        angles = torch.outer(positions, inverse_frequencies(self.rotary_size, params))
+        angles = angles.repeat_interleave(2, dim=1) if interleaved else angles.repeat(1, 2)
         self.cos_PD = angles.cos().to(ctx.device, ctx.dtype)
         self.sin_PD = angles.sin().to(ctx.device, ctx.dtype)
 
     def forward(
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._rotate(q_THD, k_TKD, positions_T, self.cos_PD, self.sin_PD)
+        if not self._is_partial:
+            return self._rotate(q_THD, k_TKD, positions_T, self.cos_PD, self.sin_PD, self._interleaved)
+        q, q_rest = q_THD.tensor_split((self.rotary_size,), dim=-1)
+        k, k_rest = k_TKD.tensor_split((self.rotary_size,), dim=-1)
+        q, k = self._rotate(q, k, positions_T, self.cos_PD, self.sin_PD, self._interleaved)
+        return torch.cat((q, q_rest), dim=-1), torch.cat((k, k_rest), dim=-1)
 
 
 def rope_params(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary settings of a config.json, in either spelling (rope_parameters, or rope_theta with rope_scaling)."""
     params = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    params.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    params.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     params.setdefault("rope_type", params.get("type", "default"))
+    partial = config.get("partial_rotary_factor")
+    params.setdefault("partial_rotary_factor", 1.0 if partial is None else partial)
     return params
 
 

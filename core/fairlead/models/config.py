@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairlead.errors import CheckpointError
+from fairlead.errors import CheckpointError, UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +45,17 @@ def positive_int(config: Mapping[str, Any], key: str, default: int | None = None
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise CheckpointError(f"config.json: {key} must be a positive integer, got {value!r}")
     return value
+
+
+def refuse(config: Mapping[str, Any], key: str, *served: object) -> None:
+    """Raises UnsupportedModelError if config[key] is given and none of the values that are served."""
+    value = config.get(key)
+    if value is not None and value not in served:
+        instead = ", ".join(map(repr, served)) or "leaving it out"
+        raise UnsupportedModelError(f"config.json: {key} {value!r} is not supported here; supported: {instead}")
+
+
+def renamed(config: Mapping[str, Any], **names: str) -> dict[str, Any]:
+    """The config with some keys under their usual names: renamed(config, n_embd="hidden_size"). Usual ones prevail."""
+    usual = {name: config[own] for own, name in names.items() if config.get(own) is not None}
+    return usual | {key: value for key, value in config.items() if key not in names}

@@ -4,6 +4,7 @@ A tensor is read by mmap and copied straight into its slice of the (possibly mer
 plus one tensor. Whatever does not fit is found before anything is allocated.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -16,7 +17,15 @@ from fairlead.interface import MemoryAllocator
 from fairlead.layers.linear import MergedLinear
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # stored by old versions of transformers; computed here
+# Stored by old versions of the reference codes: tables and masks, which are computed here.
+_IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_pos_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +58,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
     """Loads all weights; returns their bytes. Raises CheckpointError or ModelNotFoundError naming file and tensor."""
     if isinstance(model, LoadsItself):
         return model.load_weights(checkpoint, allocator)
-    targets = _targets(model)
     stored = checkpoint.tensors()
+    targets = _targets(model, stored)
     _check(targets, stored, checkpoint)
     memory = _allocate(model, allocator)
     files: dict[str, list[str]] = {}
@@ -83,8 +92,11 @@ def dummy_weights(model: torch.nn.Module, allocator: MemoryAllocator, *, seed: i
     return sum(t.nbytes for t in memory.values())
 
 
-def _targets(model: torch.nn.Module) -> dict[str, _Target]:
-    """Checkpoint name to place. A weight shared by two layers (tied embeddings) is read under its first name."""
+def _targets(model: torch.nn.Module, stored: Container[str]) -> dict[str, _Target]:
+    """Checkpoint name to place. A weight shared by two layers (tied embeddings) is read under its first name.
+
+    A model's `optional_prefix` is left out where the checkpoint was saved without its head, as GPT-2's was.
+    """
     targets: dict[str, _Target] = {}
     seen: set[torch.nn.Parameter] = set()
     for path, module in model.named_modules():
@@ -100,6 +112,9 @@ def _targets(model: torch.nn.Module) -> dict[str, _Target]:
                     start += size
             else:
                 targets[f"{path}.{name}"] = _Target(parameter=parameter, start=0, stop=parameter.shape[0])
+    prefix: str = getattr(model, "optional_prefix", "")
+    if next(iter(targets)) not in stored:
+        return {name.removeprefix(prefix): target for name, target in targets.items()}
     return targets
 
 

@@ -12,7 +12,18 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.models.config import ModelShape
 
 ARCHITECTURES = {
+    "BaiChuanForCausalLM": "fairlead.models.baichuan:BaichuanForCausalLM",
+    "BaichuanForCausalLM": "fairlead.models.baichuan:BaichuanForCausalLM",
+    "ChatGLMForConditionalGeneration": "fairlead.models.chatglm:ChatGLMForConditionalGeneration",
+    "ChatGLMModel": "fairlead.models.chatglm:ChatGLMForConditionalGeneration",
+    "FalconForCausalLM": "fairlead.models.falcon:FalconForCausalLM",
+    "RWForCausalLM": "fairlead.models.falcon:FalconForCausalLM",
+    "GPT2LMHeadModel": "fairlead.models.gpt2:GPT2LMHeadModel",
+    "GPTJForCausalLM": "fairlead.models.gptj:GPTJForCausalLM",
+    "GPTNeoXForCausalLM": "fairlead.models.gpt_neox:GPTNeoXForCausalLM",
     "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
+    "OPTForCausalLM": "fairlead.models.opt:OPTForCausalLM",
+    "PhiForCausalLM": "fairlead.models.phi:PhiForCausalLM",
 }
 """The families that have a file here."""
 

@@ -13,9 +13,11 @@ from torch.nn import functional
 MAX_PARAMETERS = 6_000_000
 _GAIN, _QUERY_GAIN, _BIAS = 1.5, 3.0, 0.3  # see tiny_model
 
+_UNGATED_GAIN = 0.5  # behind a plain GELU or ReLU, whose mean is not 0: else the same tokens win almost every step
+
 SIZES: dict[str, Any] = {
-    "vocab_size": 128,
-    "vocab_size_per_layer_input": 128,
+    "vocab_size": 512,
+    "vocab_size_per_layer_input": 512,
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -24,6 +26,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 128,
     "max_position_embeddings": 512,
     "sliding_window": 24,
+    "ffn_dim": 128,
     "word_embed_proj_dim": 64,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
@@ -84,21 +87,20 @@ def redraw(model: torch.nn.Module, seed: int) -> None:
     rows = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     rows |= {head.weight} if head is not None else set()
-    last_norm = [
-        name for name, p in model.named_parameters() if (p.dim() == 1 and "norm" in name.lower()) or "ln_f" in name
-    ]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             if parameter in rows:
                 drawn = functional.normalize(drawn, dim=1) * (math.sqrt(drawn.shape[1]) / 2)
             elif parameter.dim() == 1 and name.endswith("weight"):
-                drawn = drawn.sign() if name in last_norm[-2:] and not _in_a_layer(name) else 1 + 0.2 * drawn
+                drawn = 1 + 0.2 * drawn if _in_a_layer(name) else drawn.sign()
             elif parameter.dim() <= 1:
-                drawn *= _BIAS
+                drawn *= _BIAS if _in_a_layer(name) else 0.1 * _BIAS
             else:
                 queries = any(part in name for part in ("q_proj", "query", "qkv", "c_attn", "W_pack"))
-                drawn *= (_QUERY_GAIN if queries else _GAIN) * drawn.shape[-1] ** -0.5
+                outputs = any(part in name for part in ("fc2", "fc_out", "4h_to_h", "mlp.c_proj"))
+                gain = _QUERY_GAIN if queries else _UNGATED_GAIN if outputs else _GAIN
+                drawn *= gain * drawn.shape[-1] ** -0.5
             parameter.copy_(drawn)
 
 

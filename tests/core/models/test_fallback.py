@@ -13,7 +13,7 @@ import transformers
 
 from fairlead import LLM
 from fairlead.errors import CheckpointError, ModelError, UnsupportedModelError
-from fairlead.testing.equality import compare_greedy, prompts_for, transformers_reference
+from fairlead.testing.greedy_equality import compare_greedy, prompts_for, transformers_reference
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 
 MODES: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_equals_transformers(checkpoint: Path, mode: str, count: Callable[..., int]) -> None:
     num_new = count(24, full=64)
-    prompts = prompts_for(128, count(8, full=32), count(80, full=300))
+    prompts = prompts_for(512, count(8, full=32), count(80, full=300))
     found = compare_greedy(checkpoint, transformers_reference(checkpoint), prompts, num_new, **MODES[mode])
     print(found)
     assert found.holds, found

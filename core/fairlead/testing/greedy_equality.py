@@ -40,10 +40,10 @@ class Equality:
         return self.num_wrong == 0 and self.worst_logprob <= TOLERANCE and few
 
 
-def transformers_reference(directory: Path) -> Reference:
-    """transformers' model of a checkpoint in float32."""
+def transformers_reference(directory: Path, attention: str = "eager") -> Reference:
+    """transformers' model of a checkpoint in float32, with one of its attention implementations."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
+        directory, dtype=torch.float32, attn_implementation=attention
     )
     model.requires_grad_(False)
 
