@@ -11,3 +11,9 @@ hookspec = pluggy.HookspecMarker("fairlead")
 def fairlead_platforms() -> list[PlatformSpec]:
     """Returns the platforms that this plugin brings; cheap, importing neither torch nor a driver."""
     raise AssertionError("a hook specification is never called")
+
+
+@hookspec
+def fairlead_models() -> dict[str, str]:
+    """Returns the model classes that this plugin brings, architecture to "module:Class"; cheap, importing none."""
+    raise AssertionError("a hook specification is never called")

@@ -22,6 +22,7 @@ from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, 
 
 ENTRY_POINT_GROUP = "fairlead.platforms"
 PROCESSOR_GROUP = "fairlead.logits_processors"
+MODELS_GROUP = "fairlead.models"
 ALLOWLIST_VARIABLE = "FAIRLEAD_PLUGINS"
 
 
@@ -92,11 +93,7 @@ def _load(entry_point: importlib.metadata.EntryPoint) -> list[PlatformRecord]:
 
 
 def _register(entry_point: importlib.metadata.EntryPoint) -> Iterable[PlatformSpec]:
-    manager = pluggy.PluginManager("fairlead")
-    manager.add_hookspecs(hookspecs)
-    manager.register(entry_point.load(), name=entry_point.name)
-    manager.check_pending()
-    results: list[Any] = manager.hook.fairlead_platforms()
+    results: list[Any] = _manager(entry_point).hook.fairlead_platforms()
     if len(results) != 1 or not isinstance(results[0], (list, tuple)) or not results[0]:
         got = repr(results[0]) if results else "no implementation or None"
         raise PluginContractError(
@@ -111,6 +108,55 @@ def _register(entry_point: importlib.metadata.EntryPoint) -> Iterable[PlatformSp
                 got=repr(spec)[:200],
             )
     return list(results[0])
+
+
+def _manager(entry_point: importlib.metadata.EntryPoint) -> pluggy.PluginManager:
+    """A manager with this one plugin: an import that fails stops nobody else."""
+    manager = pluggy.PluginManager("fairlead")
+    manager.add_hookspecs(hookspecs)
+    manager.register(entry_point.load(), name=entry_point.name)
+    manager.check_pending()
+    return manager
+
+
+def model_classes() -> dict[str, str]:
+    """ "module:Class" by architecture, of every permitted plugin; a broken one is reported on stderr and left out.
+
+    Raises PluginError where two plugins bring the same architecture.
+    """
+    permitted = allowlist()
+    classes: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for entry_point in sorted(importlib.metadata.entry_points(group=MODELS_GROUP), key=lambda e: (e.name, e.value)):
+        if permitted is not None and entry_point.name not in permitted:
+            continue
+        owner = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else entry_point.name
+        for architecture, path in _models_of(entry_point, owner).items():
+            if architecture in classes:
+                both = f"{owners[architecture]} and {owner}"
+                raise PluginError(f"architecture {architecture!r} is brought by {both}; uninstall one of them")
+            classes[architecture], owners[architecture] = path, owner
+    return classes
+
+
+def _models_of(entry_point: importlib.metadata.EntryPoint, owner: str) -> dict[str, str]:
+    try:
+        results: list[Any] = _manager(entry_point).hook.fairlead_models()
+        found = results[0] if len(results) == 1 else None
+        pairs = found.items() if isinstance(found, dict) else ()
+        if not pairs or not all(isinstance(n, str) and isinstance(p, str) and p.count(":") == 1 for n, p in pairs):
+            raise PluginContractError(
+                plugin=entry_point.name,
+                hook="fairlead_models",
+                expected='a dict of architecture to "module:Class"',
+                got=repr(found)[:200],
+            )
+        return dict(pairs)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # as in _load: a plugin may raise anything
+        print(f"warning: the models of {owner} cannot be used: {_one_line(error)}", file=sys.stderr)
+        return {}
 
 
 def _is_well_formed(spec: object) -> bool:

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 
+from fairlead import plugins
 from fairlead.config import PlatformConfig
 from fairlead.errors import PlatformUnavailableError, PluginContractError, PluginError
 from fairlead.interface import PLATFORM_API, Device, PlatformSpec, hookimpl
-from fairlead.plugins import PlatformRecord, allowlist, api_version_accepted, choose, create, discover
+from fairlead.models import registry
+from fairlead.plugins import (
+    PlatformRecord,
+    allowlist,
+    api_version_accepted,
+    choose,
+    create,
+    discover,
+    model_classes,
+)
 
 DEVICE = Device(name="x:0", description="X", memory_bytes=1)
 
@@ -231,3 +241,59 @@ def test_an_error_of_ours_that_create_raises_stays_as_it_is() -> None:
 
     with pytest.raises(PlatformUnavailableError, match=r"^taken$"):
         create(record("x", spec=spec(create=refuse)), DEVICE)
+
+
+def brought(monkeypatch: pytest.MonkeyPatch, **results: object) -> dict[str, str]:
+    """What model_classes finds with plugins whose hook returns (or raises) these."""
+    entry_points = []
+    for name, result in results.items():
+
+        def fairlead_models(result: object = result) -> object:
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        module = types.ModuleType(name)
+        module.fairlead_models = hookimpl(fairlead_models)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+        entry_points.append(importlib.metadata.EntryPoint(name=name, value=name, group="fairlead.models"))
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: tuple(entry_points))
+    return model_classes()
+
+
+def test_plugins_bring_model_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = brought(monkeypatch, left={"AForCausalLM": "acme.a:A"}, right={"BForCausalLM": "acme.b:B"})
+    assert found == {"AForCausalLM": "acme.a:A", "BForCausalLM": "acme.b:B"}
+    monkeypatch.setenv("FAIRLEAD_PLUGINS", "right")
+    assert list(brought(monkeypatch, left={"A": "acme.a:A"}, right={"B": "acme.b:B"})) == ["B"]
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        (OSError("no\ndriver"), "OSError: no driver"),
+        (None, "expected a dict of architecture"),
+        ({}, "expected a dict of architecture"),
+        ({"A": "acme.a.A"}, "expected a dict of architecture"),
+        ({"A": 1}, "expected a dict of architecture"),
+    ],
+)
+def test_broken_models_are_named_and_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], result: object, reason: str
+) -> None:
+    assert brought(monkeypatch, broken=result, good={"B": "acme.b:B"}) == {"B": "acme.b:B"}
+    error = capsys.readouterr().err
+    assert reason in error
+    assert "broken" in error
+
+
+def test_one_architecture_from_two_plugins_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PluginError, match="'A' is brought by left and right"):
+        brought(monkeypatch, left={"A": "acme.a:A"}, right={"A": "acme.b:A"})
+
+
+def test_models_are_imported_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "model_classes", lambda: {"AcmeForCausalLM": "acme_missing:Acme"})
+    registry.check_supported("AcmeForCausalLM")
+    with pytest.raises(PluginError, match="acme_missing:Acme that a plugin names cannot be imported"):
+        registry.read_config("AcmeForCausalLM", {})

@@ -32,13 +32,15 @@ class OutputHead(torch.nn.Module):
         ctx: BuildContext,
         *,
         tied_to: Embedding | None = None,
+        bias: bool = False,
         soft_cap: float | None = None,
     ) -> None:
         super().__init__()
         self._linear = ctx.ops.linear
         self._soft_cap = soft_cap
         self.weight = ctx.weight(vocab_size, size) if tied_to is None else tied_to.weight
+        self.bias = ctx.weight(vocab_size) if bias else None
 
     def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        logits_SV = self._linear(hidden_SE, self.weight, None).float()
+        logits_SV = self._linear(hidden_SE, self.weight, self.bias).float()
         return logits_SV if self._soft_cap is None else self._soft_cap * torch.tanh(logits_SV / self._soft_cap)

@@ -20,6 +20,17 @@ class Linear(torch.nn.Module):
         return self._linear(x, self.weight, self.bias)
 
 
+class Conv1D(Linear):
+    """A linear layer whose checkpoint stores the weight as (in, out): the pointwise convolution of GPT-2's code."""
+
+    def __init__(self, in_features: int, out_features: int, ctx: BuildContext) -> None:
+        super().__init__(in_features, out_features, ctx, bias=True)
+        self.weight = ctx.weight(in_features, out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(x, self.weight.t(), self.bias)
+
+
 class MergedLinear(Linear):
     """Several linear layers of one input, computed as one: their outputs stand side by side.
 

@@ -18,12 +18,16 @@ _UNSUPPORTED_KEYS = ("mrope_section",)  # positions in more than one dimension
 class Rotary(torch.nn.Module):
     """Rotates q (T, H, D) and k (T, K, D) by their positions, from a table made once for the whole context.
 
-    With a `partial_rotary_factor` only the first `rotary_size` of the D dimensions are rotated.
+    With a `partial_rotary_factor` only the first `rotary_size` of the D dimensions are rotated. `interleaved` pairs
+    neighbouring dimensions, as GPT-J and ChatGLM do, instead of the two halves.
     """
 
-    def __init__(self, head_size: int, params: Mapping[str, Any], ctx: BuildContext) -> None:
+    def __init__(
+        self, head_size: int, params: Mapping[str, Any], ctx: BuildContext, *, interleaved: bool = False
+    ) -> None:
         super().__init__()
         self._rotate = ctx.ops.rotary_embedding
+        self._interleaved = interleaved
         factor = positive_number(params, "partial_rotary_factor")
         self._is_partial, self.rotary_size = factor != 1, int(head_size * factor)
         if not 0 < self.rotary_size <= head_size or self.rotary_size % 2:
@@ -33,7 +37,8 @@ class Rotary(torch.nn.Module):
             )
         inv_freq, attention_factor = inverse_frequencies(self.rotary_size, params, max_model_len=ctx.max_model_len)
         positions = torch.arange(ctx.max_model_len, dtype=torch.float32)
-        angles = torch.outer(positions, inv_freq).repeat(1, 2)
+        angles = torch.outer(positions, inv_freq)
+        angles = angles.repeat_interleave(2, dim=1) if interleaved else angles.repeat(1, 2)
         self.cos_PD = (angles.cos() * attention_factor).to(ctx.device, ctx.dtype)
         self.sin_PD = (angles.sin() * attention_factor).to(ctx.device, ctx.dtype)
 
@@ -41,10 +46,10 @@ class Rotary(torch.nn.Module):
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._is_partial:
-            return self._rotate(q_THD, k_TKD, positions_T, self.cos_PD, self.sin_PD)
+            return self._rotate(q_THD, k_TKD, positions_T, self.cos_PD, self.sin_PD, self._interleaved)
         q, q_rest = q_THD.tensor_split((self.rotary_size,), dim=-1)
         k, k_rest = k_TKD.tensor_split((self.rotary_size,), dim=-1)
-        q, k = self._rotate(q, k, positions_T, self.cos_PD, self.sin_PD)
+        q, k = self._rotate(q, k, positions_T, self.cos_PD, self.sin_PD, self._interleaved)
         return torch.cat((q, q_rest), dim=-1), torch.cat((k, k_rest), dim=-1)
 
 

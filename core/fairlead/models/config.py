@@ -30,16 +30,13 @@ class ModelShape:
         kv_heads = positive_int(config, "num_key_value_heads", heads)
         if heads % kv_heads:
             raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads")
-        head_size = positive_int(config, "head_dim", hidden // heads, most=_MAX_HEAD_SIZE)
-        if head_size % 2:
-            raise CheckpointError(f"config.json: head_dim must be even for rotary positions, got {head_size}")
         return cls(
             vocab_size=positive_int(config, "vocab_size"),
             hidden_size=hidden,
             num_layers=positive_int(config, "num_hidden_layers", most=_MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
-            head_size=head_size,
+            head_size=positive_int(config, "head_dim", hidden // heads, most=_MAX_HEAD_SIZE),
             max_positions=_max_positions(config),
         )
 
@@ -119,3 +116,9 @@ def refuse(config: Mapping[str, Any], key: str, *served: object) -> None:
     if value is not None and value not in served:
         instead = ", ".join(map(repr, served)) or "leaving it out"
         raise UnsupportedModelError(f"config.json: {key} {value!r} is not supported here; supported: {instead}")
+
+
+def renamed(config: Mapping[str, Any], **names: str) -> dict[str, Any]:
+    """The config with some keys under their usual names: renamed(config, n_embd="hidden_size"). Usual ones prevail."""
+    usual = {name: config[own] for own, name in names.items() if config.get(own) is not None}
+    return usual | {key: value for key, value in config.items() if key not in names}

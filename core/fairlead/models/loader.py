@@ -16,7 +16,15 @@ from fairlead.errors import CheckpointError
 from fairlead.interface import MemoryAllocator
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # stored by old versions of transformers; computed here
+# Stored by old versions of the reference codes: tables and masks, which are computed here.
+_IGNORED_SUFFIXES = (
+    "rotary_emb.inv_freq",
+    "rotary_pos_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 
 
 Index = tuple[int | slice, ...]
@@ -43,8 +51,23 @@ class _Target:
         return tuple(self.parameter[self.index].shape)
 
 
+@runtime_checkable
+class LoadsItself(Protocol):
+    """A model whose checkpoint only its own code can read; it does what the two functions below do."""
+
+    def load_weights(self, checkpoint: Checkpoint, allocator: MemoryAllocator) -> int:
+        """Loads all weights; returns their bytes."""
+        ...
+
+    def dummy_weights(self, allocator: MemoryAllocator, *, seed: int) -> int:
+        """Fills the model with random weights; returns their bytes."""
+        ...
+
+
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: MemoryAllocator) -> int:
     """Loads all weights; returns their bytes. Raises CheckpointError or ModelNotFoundError naming file and tensor."""
+    if isinstance(model, LoadsItself):
+        return model.load_weights(checkpoint, allocator)
     unused: tuple[str, ...] = getattr(model, "unused_weights", ())
     stored = {name: tensor for name, tensor in checkpoint.tensors().items() if not name.startswith(unused)}
     targets = _targets(model, stored)
@@ -67,6 +90,8 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
 
 def dummy_weights(model: torch.nn.Module, allocator: MemoryAllocator, *, seed: int) -> int:
     """Fills the model with small random weights (norms with ones), for benchmarks; returns their bytes."""
+    if isinstance(model, LoadsItself):
+        return model.dummy_weights(allocator, seed=seed)
     memory = _allocate(model, allocator)
     generator = torch.Generator().manual_seed(seed)
     for tensor in memory.values():
@@ -81,7 +106,8 @@ def dummy_weights(model: torch.nn.Module, allocator: MemoryAllocator, *, seed: i
 def _targets(model: torch.nn.Module, stored: Container[str]) -> dict[str, _Target]:
     """Checkpoint name to place. A weight shared by two layers (tied embeddings) is read under its first name.
 
-    What a merged layer computes as one is read whole where the checkpoint has it so, else piece by piece.
+    What a merged layer computes as one is read whole where the checkpoint has it so, else piece by piece. A model's
+    `optional_prefix` is left out where the checkpoint was saved without its head, as GPT-2's was.
     """
     names: Mapping[str, str] = getattr(model, "checkpoint_names", {})
     targets: dict[str, _Target] = {}
@@ -98,6 +124,9 @@ def _targets(model: torch.nn.Module, stored: Container[str]) -> dict[str, _Targe
                     targets[found] = _Target(parameter=parameter, index=index)
             else:
                 targets[whole] = _Target(parameter=parameter)
+    prefix: str = getattr(model, "optional_prefix", "")
+    if next(iter(targets)) not in stored:
+        return {name.removeprefix(prefix): target for name, target in targets.items()}
     return targets
 
 

@@ -1,35 +1,49 @@
-"""Which class runs which architecture."""
+"""Which class runs which architecture: a family's own file, a plugin's, or transformers' modelling code."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
-from fairlead.errors import UnsupportedModelError
+from fairlead import plugins
+from fairlead.errors import PluginError, UnsupportedModelError
 from fairlead.layers.context import BuildContext, Step
 from fairlead.models.config import ModelShape, refuse
 
 ARCHITECTURES = {
+    "BaiChuanForCausalLM": "fairlead.models.baichuan:BaichuanForCausalLM",
+    "BaichuanForCausalLM": "fairlead.models.baichuan:BaichuanForCausalLM",
+    "ChatGLMForConditionalGeneration": "fairlead.models.chatglm:ChatGLMForConditionalGeneration",
+    "ChatGLMModel": "fairlead.models.chatglm:ChatGLMForConditionalGeneration",
     "DeepseekV2ForCausalLM": "fairlead.models.deepseek:DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM": "fairlead.models.deepseek:DeepseekV3ForCausalLM",
+    "FalconForCausalLM": "fairlead.models.falcon:FalconForCausalLM",
+    "GPT2LMHeadModel": "fairlead.models.gpt2:GPT2LMHeadModel",
+    "GPTJForCausalLM": "fairlead.models.gptj:GPTJForCausalLM",
+    "GPTNeoXForCausalLM": "fairlead.models.gpt_neox:GPTNeoXForCausalLM",
     "Gemma2ForCausalLM": "fairlead.models.gemma2:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": "fairlead.models.gemma3:Gemma3ForCausalLM",
     "GemmaForCausalLM": "fairlead.models.gemma:GemmaForCausalLM",
     "LlamaForCausalLM": "fairlead.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "fairlead.models.mistral:MistralForCausalLM",
     "MixtralForCausalLM": "fairlead.models.mixtral:MixtralForCausalLM",
+    "OPTForCausalLM": "fairlead.models.opt:OPTForCausalLM",
     "Olmo2ForCausalLM": "fairlead.models.olmo:Olmo2ForCausalLM",
     "OlmoForCausalLM": "fairlead.models.olmo:OlmoForCausalLM",
     "Phi3ForCausalLM": "fairlead.models.phi3:Phi3ForCausalLM",
+    "PhiForCausalLM": "fairlead.models.phi:PhiForCausalLM",
     "Qwen2ForCausalLM": "fairlead.models.qwen2:Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM": "fairlead.models.qwen_moe:Qwen2MoeForCausalLM",
     "Qwen3ForCausalLM": "fairlead.models.qwen3:Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM": "fairlead.models.qwen_moe:Qwen3MoeForCausalLM",
+    "RWForCausalLM": "fairlead.models.falcon:FalconForCausalLM",
     "SmolLM3ForCausalLM": "fairlead.models.smollm3:SmolLM3ForCausalLM",
     "StableLmForCausalLM": "fairlead.models.stablelm:StableLmForCausalLM",
 }
 """The families that have a file here."""
+
+FALLBACK = "fairlead.models.transformers_fallback:TransformersForCausalLM"
 
 
 class CausalLM(Protocol):
@@ -52,29 +66,43 @@ class CausalLM(Protocol):
 
 def check_supported(architecture: str) -> None:
     """Raises UnsupportedModelError, listing what there is, for an architecture without a class."""
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"architecture {architecture!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
+    _find(architecture)
 
 
 def read_config(architecture: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config as the architecture's class wants it; UnsupportedModelError as above."""
-    check_supported(architecture)
+    """The config as the architecture's class wants it, with the sizes under the names that ModelShape reads."""
     refuse(config, "quantization_config")
-    read = getattr(_model_class(architecture), "read_config", None)
+    read = getattr(_load(_find(architecture)), "read_config", None)
     result: Mapping[str, Any] = config if read is None else read(config)
     return result
 
 
 def build_model(architecture: str, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
     """Makes the model, its weights on the meta device. `config` is what read_config returned."""
-    check_supported(architecture)
-    return _model_class(architecture)(config, shape, ctx)
+    model: torch.nn.Module = _load(_find(architecture))(config, shape, ctx)
+    return model
 
 
-def _model_class(architecture: str) -> Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]:
-    module, name = ARCHITECTURES[architecture].split(":")
-    found: Callable[[Mapping[str, Any], ModelShape, BuildContext], torch.nn.Module]
-    found = getattr(importlib.import_module(module), name)
-    return found
+def _find(architecture: str) -> str:
+    """ "module:Class" of an architecture."""
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    brought = plugins.model_classes()
+    if architecture in brought:
+        return brought[architecture]
+    from fairlead.models import transformers_fallback  # takes seconds to import: only where nothing else serves
+
+    if transformers_fallback.check_supported(architecture):
+        return FALLBACK
+    raise UnsupportedModelError(
+        f"architecture {architecture!r} is not supported; it has no file here, no plugin brings it and transformers "
+        f"does not know it; those with a file are: {', '.join(sorted({*ARCHITECTURES, *brought}))}"
+    )
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"the model class {path} that a plugin names cannot be imported: {error}") from error

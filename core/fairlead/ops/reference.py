@@ -53,20 +53,31 @@ def layer_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor 
 
 
 def rotary_embedding(
-    q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    positions_T: torch.Tensor,
+    cos_PD: torch.Tensor,
+    sin_PD: torch.Tensor,
+    interleaved: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotates q and k by their positions, halves paired (i with i + D/2); returns the rotated (q, k).
+    """Rotates q and k by their positions, dimension i paired with i + D/2; returns the rotated (q, k).
 
-    `cos_PD` and `sin_PD` hold the table of every position in q's dtype, both halves alike.
-    Source: Su et al., "RoFormer" (2021), section 3.4.2, in the half-split layout of GPT-NeoX.
+    `cos_PD` and `sin_PD` hold the table of every position in q's dtype, both halves alike. With `interleaved`, 2i is
+    paired with 2i + 1, and the table has equal values side by side instead.
+    Source: Su et al., "RoFormer" (2021), section 3.4.2 (interleaved, as in GPT-J); the halves are GPT-NeoX's layout.
     """
     cos_T1D, sin_T1D = cos_PD[positions_T].unsqueeze(1), sin_PD[positions_T].unsqueeze(1)
-    return q_THD * cos_T1D + _rotate_half(q_THD) * sin_T1D, k_TKD * cos_T1D + _rotate_half(k_TKD) * sin_T1D
+    turn = _rotate_pairs if interleaved else _rotate_half
+    return q_THD * cos_T1D + turn(q_THD) * sin_T1D, k_TKD * cos_T1D + turn(k_TKD) * sin_T1D
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
+
+
+def _rotate_pairs(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
 def silu_and_mul(x_N2F: torch.Tensor) -> torch.Tensor:

@@ -62,11 +62,6 @@ def test_heads_that_cannot_be_shared() -> None:
         ModelShape.of({**CONFIG, "num_key_value_heads": 8})
 
 
-def test_an_odd_head_size() -> None:
-    with pytest.raises(CheckpointError, match="head_dim must be even"):
-        ModelShape.of({**CONFIG, "head_dim": 15})
-
-
 def test_more_heads_than_width() -> None:
     with pytest.raises(CheckpointError, match="head_dim must be an integer from 1"):
         ModelShape.of({**without("head_dim"), "hidden_size": 2})

@@ -250,9 +250,9 @@ def test_only_pickled_weights(tmp_path: Path) -> None:
     ("changes", "kind", "match"),
     [
         (
-            {"architectures": ["GPT2LMHeadModel"]},
+            {"architectures": ["NoSuchForCausalLM"]},
             UnsupportedModelError,
-            "'GPT2LMHeadModel' is not supported; supported: ",
+            "'NoSuchForCausalLM' is not supported; .* those with a file are: BaiChuanForCausalLM",
         ),
         ({"architectures": None}, CheckpointError, "names no model class"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act 'gelu' is not supported here; supported: silu"),

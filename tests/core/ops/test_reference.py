@@ -87,16 +87,20 @@ def test_layer_norm(size: tuple[int, int], dtype: str, has_bias: bool) -> None:
     check(reference.layer_norm(x, weight, bias, 1e-5), expected + (f64(bias) if bias is not None else 0), dtype)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotary_embedding_turns_pairs(dtype: str) -> None:
+def test_rotary_embedding_turns_pairs(dtype: str, interleaved: bool) -> None:
     head_size, positions = 10, torch.tensor([0, 3, 3, 99])
     angles = np.outer(np.arange(100), 10000.0 ** (-np.arange(0, head_size, 2) / head_size))
-    cos, sin = (torch.from_numpy(np.tile(f(angles), 2)).to(DTYPES[dtype]) for f in (np.cos, np.sin))
+    # Seen as (2, D / 2) or, interleaved, as (D / 2, 2), the axis of two holds the parts of each complex number.
+    axis, size = (-1, (head_size // 2, 2)) if interleaved else (-2, (2, head_size // 2))
+    table = np.repeat(angles, 2, axis=-1) if interleaved else np.tile(angles, 2)
+    cos, sin = (torch.from_numpy(f(table)).to(DTYPES[dtype]) for f in (np.cos, np.sin))
     q, k = randn(4, 3, head_size, dtype=dtype), randn(4, 1, head_size, dtype=dtype, seed=1)
-    for x, found in zip((q, k), reference.rotary_embedding(q, k, positions, cos, sin), strict=True):
-        pairs = f64(x)[..., : head_size // 2] + 1j * f64(x)[..., head_size // 2 :]
-        turned = pairs * np.exp(1j * angles[positions.numpy()])[:, None]
-        check(found, np.concatenate((turned.real, turned.imag), axis=-1), dtype)
+    for x, found in zip((q, k), reference.rotary_embedding(q, k, positions, cos, sin, interleaved), strict=True):
+        real, imaginary = np.moveaxis(f64(x).reshape(*x.shape[:-1], *size), axis, 0)
+        turned = (real + 1j * imaginary) * np.exp(1j * angles[positions.numpy()])[:, None]
+        check(found, np.stack((turned.real, turned.imag), axis=axis).reshape(x.shape), dtype)
 
 
 def test_gelu_is_the_tanh_form_and_silu_the_sigmoid_form() -> None:
@@ -133,7 +137,11 @@ def calls() -> list[tuple[str, Callable[..., object], list[object]]]:
         ("rms_norm", reference.rms_norm, [x, weight, 1e-5]),
         ("fused_add_rms_norm", reference.fused_add_rms_norm, [x, randn(4, 8, seed=2), weight, 1e-5]),
         ("layer_norm", reference.layer_norm, [x, weight, weight, 1e-5]),
-        ("rotary_embedding", reference.rotary_embedding, [randn(4, 2, 8), randn(4, 1, 8), torch.arange(4), cos, cos]),
+        (
+            "rotary_embedding",
+            reference.rotary_embedding,
+            [randn(4, 2, 8), randn(4, 1, 8), torch.arange(4), cos, cos, False],
+        ),
         ("silu_and_mul", reference.silu_and_mul, [x]),
         ("gelu_and_mul", reference.gelu_and_mul, [x]),
     ]
