@@ -122,7 +122,8 @@ class LogitEdits:
     @classmethod
     def of(cls, chunks: Seq[ScheduledChunk]) -> "LogitEdits | None":
         """Collects the edits of the chunks that sample, in order; None if there are none."""
-        contexts = [(row, chunk.context) for row, chunk in enumerate(chunks) if chunk.context is not None]
+        extras = [(row, chunk.extras) for row, chunk in enumerate(chunks) if chunk.extras is not None]
+        contexts = [(row, extra.context) for row, extra in extras if extra.context is not None]
         if not contexts:
             return None
         allowed = [(row, ids) for row, c in contexts if (ids := c.request.params.allowed_token_ids) is not None]
