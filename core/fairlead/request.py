@@ -109,19 +109,19 @@ class Sequence:
     stop_reason: int | str | None = None
     block_tables: list[BlockTable] = field(default_factory=list)  # one per cache group; none while it waits
     block_hashes: list[bytes] = field(default_factory=list)
-    edits_logits: bool = field(init=False)  # asked of every sequence in every step, as is the next one
-    num_logprobs: int | None = field(init=False)  # how many beside the sampled token's own; None: not even that
-    prompt_logprobs: list["TokenLogprobs"] | None = field(
-        init=False
-    )  # of its second token on; None: not wanted, or sent
+    is_plain: bool = field(init=False)  # needs no ChunkExtras; asked in every step
+    # Of the prompt's second token on, as far as computed; None where they are not wanted, or have been sent.
+    prompt_logprobs: list["TokenLogprobs"] | None = field(init=False)
 
     def __post_init__(self) -> None:
         params = self.request.params
-        self.edits_logits = params.edits_logits
-        self.num_logprobs = 0 if params.logprobs is None and params.is_ranked else params.logprobs
-        if self.request.num_beam_candidates:
-            self.num_logprobs = self.request.num_beam_candidates
         self.prompt_logprobs = [] if params.prompt_logprobs is not None and self.index == 0 else None
+        self.is_plain = not (
+            params.edits_logits
+            or params.is_ranked
+            or self.request.num_beam_candidates
+            or self.prompt_logprobs is not None
+        )
 
     @property
     def num_tokens(self) -> int:

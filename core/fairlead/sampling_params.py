@@ -199,6 +199,11 @@ class SamplingParams:
         """Whether what comes back is known only when every sequence has ended."""
         return self.use_beam_search or self.num_sequences > self.n
 
+    @property
+    def num_engine_logprobs(self) -> int | None:
+        """`logprobs`, but where sequences are ranked at least the sampled token's own."""
+        return 0 if self.logprobs is None and self.is_ranked else self.logprobs
+
     def for_one_beam(self, *, with_prompt_logprobs: bool) -> "SamplingParams":
         """How a single beam takes its next step."""
         return replace(

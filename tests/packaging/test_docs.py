@@ -1,12 +1,14 @@
 """The documentation keeps up: every hook, setting and platform stands in it, and its links lead somewhere."""
 
 import ast
+import dataclasses
 import importlib.util
 import re
 import types
 from pathlib import Path
 
 from fairlead.config import ServerConfig, engine_settings, settings_of
+from fairlead.request import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -69,6 +71,13 @@ def test_every_setting_is_documented() -> None:
     settings = [*engine_settings(), *settings_of("server", ServerConfig)]
     assert len(settings) > 20
     assert [s.name for s in settings if f"| `{s.name}`" not in page or s.help not in page] == []
+
+
+def test_every_sampling_parameter_is_documented() -> None:
+    page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    assert len(names) > 25
+    assert [name for name in names if f"`{name}`" not in page] == []
 
 
 def test_every_platform_stands_in_the_readme() -> None:

@@ -55,11 +55,11 @@ class ModelRunner:
         found: dict[int, list[TokenLogprobs]] = {}
         first_row = 0
         for chunk in batch.chunks:
-            wanted = chunk.params.prompt_logprobs
-            if chunk.prompt_targets and wanted is not None:
+            extras, wanted = chunk.extras, chunk.params.prompt_logprobs
+            if extras is not None and extras.prompt_targets and wanted is not None:
                 rows = found[chunk.seq_id] = []
-                targets_N = torch.tensor(chunk.prompt_targets, device=hidden_TE.device)
-                hidden_NE = hidden_TE[first_row + chunk.prompt_row :][: len(targets_N)]
+                targets_N = torch.tensor(extras.prompt_targets, device=hidden_TE.device)
+                hidden_NE = hidden_TE[first_row + extras.prompt_row :][: len(targets_N)]
                 for i in range(0, len(targets_N), _MAX_ROWS):
                     logprobs_RV = self.model.logits(hidden_NE[i : i + _MAX_ROWS]).log_softmax(-1)
                     targets_R = targets_N[i : i + _MAX_ROWS]

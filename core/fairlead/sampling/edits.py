@@ -92,9 +92,11 @@ class _Penalties:
         Source: Keskar et al., "CTRL" (2019), section 4.1, with the sign rule of transformers (repetition).
         """
         num_tokens = logits_SV.shape[1]
-        flat_N, place_N = np.unique(self.used.flat(num_tokens), return_inverse=True)
-        weight_N = self.is_output_N[self.used.within(num_tokens)]
-        count_N = np.bincount(place_N, weights=weight_N, minlength=len(flat_N)).astype(np.float32)
+        # One sort, with the flag as the lowest bit: np.unique with its inverse takes four times as long.
+        used_N = np.sort(self.used.flat(num_tokens) * 2 + self.is_output_N[self.used.within(num_tokens)])
+        first_N = np.flatnonzero(np.diff(used_N >> 1, prepend=-1))
+        flat_N = used_N[first_N] >> 1
+        count_N = np.add.reduceat(used_N & 1, first_N).astype(np.float32)
         row_N = flat_N // num_tokens
         device = logits_SV.device
         index_N = torch.from_numpy(flat_N).to(device)
@@ -122,7 +124,8 @@ class LogitEdits:
     @classmethod
     def of(cls, chunks: Seq[ScheduledChunk]) -> "LogitEdits | None":
         """Collects the edits of the chunks that sample, in order; None if there are none."""
-        contexts = [(row, chunk.context) for row, chunk in enumerate(chunks) if chunk.context is not None]
+        extras = [(row, chunk.extras) for row, chunk in enumerate(chunks) if chunk.extras is not None]
+        contexts = [(row, extra.context) for row, extra in extras if extra.context is not None]
         if not contexts:
             return None
         allowed = [(row, ids) for row, c in contexts if (ids := c.request.params.allowed_token_ids) is not None]

@@ -68,11 +68,11 @@ class SamplingBatch:
         """Collects the parameters of the chunks that sample, in order."""
         drawn = [(i, _keeps_all(c.params)) for i, c in enumerate(chunks) if not c.params.is_greedy]
         return cls(
-            beams=[i for i, c in enumerate(chunks) if c.is_beam],
+            beams=[i for i, c in enumerate(chunks) if c.extras is not None and c.extras.is_beam],
             edits=LogitEdits.of(chunks),
             plain=DrawnRows.of(chunks, [i for i, keeps_all in drawn if keeps_all]),
             filtered=DrawnRows.of(chunks, [i for i, keeps_all in drawn if not keeps_all]),
-            logprobs_S=tuple(c.num_logprobs for c in chunks),
+            logprobs_S=tuple(c.params.logprobs if c.extras is None else c.extras.num_logprobs for c in chunks),
         )
 
 

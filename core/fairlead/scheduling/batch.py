@@ -22,16 +22,29 @@ class SampleContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkExtras:
+    """What most sequences never need, apart from the rest, so that a step of 64 plain ones pays nothing for it.
+
+    `num_logprobs` takes the place of params.logprobs; for a beam (`is_beam`) the edited log-probabilities are meant.
+    `context` is there where the params edit the logits and a token is sampled. `prompt_targets` are prompt tokens whose
+    log-probabilities are wanted; the chunk's tokens from number `prompt_row` on predict them, one each.
+    """
+
+    num_logprobs: int | None = None
+    is_beam: bool = False
+    context: SampleContext | None = None
+    prompt_targets: tuple[int, ...] = ()
+    prompt_row: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledChunk:
     """The next tokens of one sequence.
 
     `start` tokens are in the cache already. `block_tables` has, per cache group, the number of the first block held and
     the blocks from there on. `sample_seed` is None where the chunk ends before the last known token,
     so that nothing is sampled; else it makes the draw reproducible. `position` is the index of the token to sample.
-    `num_logprobs` best tokens are wanted beside the sampled one, or no log-probability at all; of a beam (`is_beam`)
-    those of the edited log-probabilities.
-    `context` is there only where the params edit the logits and a token is sampled. `prompt_targets` are prompt tokens
-    whose log-probabilities are wanted; the chunk's tokens from number `prompt_row` on predict them, one each.
+    `extras` is None for all but the few sequences that need it.
     """
 
     seq_id: int
@@ -41,11 +54,7 @@ class ScheduledChunk:
     params: SamplingParams
     sample_seed: int | None
     position: int
-    num_logprobs: int | None = None
-    is_beam: bool = False
-    context: SampleContext | None = None
-    prompt_targets: tuple[int, ...] = ()
-    prompt_row: int = 0
+    extras: ChunkExtras | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ from fairlead.request import (
     SequenceStatus,
     TokenLogprobs,
 )
-from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledBatch, ScheduledChunk
+from fairlead.scheduling.batch import ChunkExtras, SampleContext, SampledToken, ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import BlockManager
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the seeds of a request differ
@@ -111,8 +111,8 @@ class Scheduler:
             if seq is None:
                 continue
             seq.num_computed_tokens = chunk.start + len(chunk.token_ids)
-            if chunk.prompt_targets and seq.prompt_logprobs is not None and prompt_logprobs is not None:
-                seq.prompt_logprobs += prompt_logprobs[seq.seq_id]
+            if chunk.extras is not None and seq.prompt_logprobs is not None and prompt_logprobs is not None:
+                seq.prompt_logprobs += prompt_logprobs.get(seq.seq_id, ())
             if token is not None:
                 if seq.num_output_tokens == 0 and seq.index == 0:
                     self._fork(seq)
@@ -206,14 +206,6 @@ class Scheduler:
     def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int, copies: list[tuple[int, int, int]]) -> None:
         start = seq.num_computed_tokens
         end = start + num_tokens
-        samples = end == seq.num_tokens
-        context = None
-        if seq.edits_logits and samples:
-            context = SampleContext(request=seq.request, token_ids=tuple(seq.token_ids))
-        prompt_row, prompt_targets = 0, seq.request.prompt_token_ids[:0]
-        if seq.prompt_logprobs is not None:
-            first = max(start, len(seq.prompt_logprobs))  # after a preemption, some are there already
-            prompt_row, prompt_targets = first - start, seq.request.prompt_token_ids[first + 1 : end + 1]
         step.budget -= num_tokens
         step.copies += copies
         step.chunks.append(
@@ -223,13 +215,9 @@ class Scheduler:
                 start=start,
                 block_tables=tuple((t.first, tuple(t.blocks)) for t in seq.block_tables),
                 params=seq.request.params,
-                sample_seed=seq.seed if samples else None,
+                sample_seed=seq.seed if end == seq.num_tokens else None,
                 position=end,
-                num_logprobs=seq.num_logprobs,
-                is_beam=seq.request.num_beam_candidates > 0,
-                context=context,
-                prompt_targets=prompt_targets,
-                prompt_row=prompt_row,
+                extras=None if seq.is_plain else _extras(seq, start, end),
             )
         )
 
@@ -316,6 +304,22 @@ def _seats(seq: Sequence) -> int:
     """Places that a sequence takes among the running: its own, and those of the siblings that it will fork."""
     forks_later = seq.index == 0 and seq.num_output_tokens == 0
     return seq.request.params.num_sequences if forks_later else 1
+
+
+def _extras(seq: Sequence, start: int, end: int) -> ChunkExtras:
+    request = seq.request
+    is_edited = request.params.edits_logits and end == seq.num_tokens
+    prompt_row, prompt_targets = 0, request.prompt_token_ids[:0]
+    if seq.prompt_logprobs is not None:
+        first = max(start, len(seq.prompt_logprobs))  # after a preemption, some are there already
+        prompt_row, prompt_targets = first - start, request.prompt_token_ids[first + 1 : end + 1]
+    return ChunkExtras(
+        num_logprobs=request.num_beam_candidates or request.params.num_engine_logprobs,
+        is_beam=request.num_beam_candidates > 0,
+        context=SampleContext(request=request, token_ids=tuple(seq.token_ids)) if is_edited else None,
+        prompt_targets=prompt_targets,
+        prompt_row=prompt_row,
+    )
 
 
 def _delta(

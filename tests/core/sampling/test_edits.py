@@ -14,7 +14,7 @@ from fairlead.errors import RequestError
 from fairlead.request import Request, SamplingParams
 from fairlead.sampling.edits import LogitEdits
 from fairlead.sampling.sampler import NOTHING_LEFT, SamplingBatch, sample
-from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledChunk
+from fairlead.scheduling.batch import ChunkExtras, SampleContext, SampledToken, ScheduledChunk
 
 V = 50
 EOS = 49
@@ -45,19 +45,18 @@ def chunk(
         block_tables=((0, (0,)),),
         params=request.params,
         sample_seed=seed,
-        num_logprobs=params.get("logprobs"),
         position=len(prompt + output),
-        context=context,
+        extras=None if context is None else ChunkExtras(context=context, num_logprobs=params.get("logprobs")),
     )
 
 
 def oracle(logits_V: np.ndarray, chunk: ScheduledChunk) -> np.ndarray:
     """The edited row, in float32, written from the meaning of the parameters."""
     row = logits_V.astype(np.float32).copy()
-    if chunk.context is None:
+    if chunk.extras is None or chunk.extras.context is None:
         return row
-    params, request = chunk.params, chunk.context.request
-    prompt, output = request.prompt_token_ids, chunk.context.token_ids[len(request.prompt_token_ids) :]
+    params, request = chunk.params, chunk.extras.context.request
+    prompt, output = request.prompt_token_ids, chunk.extras.context.token_ids[len(request.prompt_token_ids) :]
     for i in range(len(row)):
         if params.allowed_token_ids is not None and i not in params.allowed_token_ids:
             row[i] = -np.inf

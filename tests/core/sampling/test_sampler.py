@@ -26,7 +26,6 @@ def chunk(seed: int = 0, position: int = 0, **params: Any) -> ScheduledChunk:
         block_tables=((0, (0,)),),
         params=SamplingParams(**params),
         sample_seed=seed,
-        num_logprobs=params.get("logprobs"),
         position=position,
     )
 
