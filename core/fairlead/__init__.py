@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fairlead.request import FinishReason as FinishReason
     from fairlead.request import RequestOutput as RequestOutput
     from fairlead.request import SamplingParams as SamplingParams
+    from fairlead.request import StructuredOutputParams as StructuredOutputParams
 
 _HOMES = {
     "LLM": "fairlead.engine.llm",
@@ -27,6 +28,7 @@ _HOMES = {
     "FinishReason": "fairlead.request",
     "RequestOutput": "fairlead.request",
     "SamplingParams": "fairlead.request",
+    "StructuredOutputParams": "fairlead.request",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "FinishReason",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputParams",
 ]
 
 

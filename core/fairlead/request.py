@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
 from fairlead.errors import ContextLengthError, RequestError
+from fairlead.sampling.structured.params import StructuredOutputParams as StructuredOutputParams
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -53,6 +54,7 @@ class SamplingParams:
     logprobs: int | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputParams | None = None
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -88,6 +90,9 @@ class SamplingParams:
             _check(ok, "logprobs", self.logprobs, f"an integer from 0 to {MAX_LOGPROBS}")
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
+        spec = self.structured_outputs
+        ok = spec is None or isinstance(spec, StructuredOutputParams)
+        _check(ok, "structured_outputs", spec, "a StructuredOutputParams")
 
     @property
     def is_greedy(self) -> bool:

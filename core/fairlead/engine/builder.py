@@ -88,7 +88,13 @@ def build(config: EngineConfig) -> BuiltEngine:
     windows = [spec.sliding_window for spec in groups]
     block_bytes = [backend.block_bytes() for backend in backends]
     num_blocks = size_cache(config.cache, settings, platform, windows, block_bytes, weights_bytes)
-    runner = ModelRunner(model, backends, block_size=settings.block_size, device=platform.torch_device)
+    runner = ModelRunner(
+        model,
+        backends,
+        block_size=settings.block_size,
+        device=platform.torch_device,
+        apply_token_bitmask=ops.apply_token_bitmask,
+    )
     runner.allocate_cache(num_blocks)
     cache_groups = tuple(
         CacheGroup(num_blocks=n, sliding_window=window) for n, window in zip(num_blocks, windows, strict=True)

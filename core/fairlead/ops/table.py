@@ -29,6 +29,7 @@ class Ops:
     rotary_embedding: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor], Tensor]
+    apply_token_bitmask: Callable[[Tensor, Tensor], Tensor]
 
 
 OP_NAMES = tuple(f.name for f in fields(Ops))

@@ -95,14 +95,16 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
+def sample(logits_SV: torch.Tensor, batch: SamplingBatch, allowed_SV: torch.Tensor | None = None) -> list[SampledToken]:
     """Draws a token for every row; a row whose best logit is not finite (NaN anywhere, +inf, or all -inf) gets
     token_id None and leaves the others as they are.
 
     Greedy rows take the first of the largest logits. The others: temperature, then top_k, top_p and min_p, each on
     the distribution that the one before left, renormalised (the order of transformers). Log-probabilities are those of
-    the unchanged logits.
+    the unchanged logits. `allowed_SV` are the logits to draw from where grammars forbid some: -inf there.
     """
+    unchanged_SV = logits_SV
+    logits_SV = logits_SV if allowed_SV is None else allowed_SV
     best_S, tokens_S = logits_SV.max(dim=-1)
     # A row's own parameters alone decide how it is drawn: else its tokens would depend on what shares its batch.
     for drawn, draw in ((batch.plain, _draw_plain), (batch.filtered, _draw_filtered)):
@@ -112,7 +114,7 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
             tokens_S[rows_R] = draw(_probs(logits_RV, best_S[rows_R], drawn), drawn)
     is_bad = (~best_S.isfinite()).tolist()
     token_ids: list[int] = tokens_S.tolist()
-    logprobs = _logprobs(logits_SV, tokens_S, batch)
+    logprobs = _logprobs(unchanged_SV, tokens_S, batch)
     return [
         SampledToken(token_id=None if bad else token_id, logprobs=None if bad else row)
         for token_id, bad, row in zip(token_ids, is_bad, logprobs, strict=True)

@@ -37,7 +37,12 @@ class ScheduledBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
-    """The sampler's answer for one chunk. `token_id` is None where the logits held NaN."""
+    """The sampler's answer for one chunk. `token_id` is None where the logits held NaN, or where `error` says why.
+
+    `ends_sequence` is set where the token completes a grammar that nothing can follow.
+    """
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
+    error: str | None = None
+    ends_sequence: bool = False
