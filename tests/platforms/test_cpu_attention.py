@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fairlead.interface import AttentionMetadata, AttentionShape
+from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec
 from fairlead.ops.attention import ReferenceAttention, SlotCache
 from fairlead.ops.table import TOLERANCE
 from fairlead_cpu import attention
@@ -24,17 +25,46 @@ def make_backend(name: str, shape: AttentionShape) -> SdpaAttention | ReferenceA
 
 
 def make_shape(
-    num_heads: int = 4, num_kv_heads: int = 2, head_size: int = 16, block_size: int = 16, dtype: str = "float32"
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_size: int = 16,
+    block_size: int = 16,
+    dtype: str = "float32",
+    num_layers: int = 1,
+    scale: float | None = None,
+    alibi: bool = False,
+    **kind: Any,
 ) -> AttentionShape:
-    return AttentionShape(
-        num_layers=1,
+    """`kind` goes into the spec; the slopes of `alibi` fall from head to head, as usual."""
+    spec = AttentionSpec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        block_size=block_size,
-        scale=head_size**-0.5,
-        dtype=dtype,
+        scale=head_size**-0.5 if scale is None else scale,
+        alibi_slopes=tuple(2.0 ** (-8 * (i + 1) / num_heads) for i in range(num_heads)) if alibi else None,
+        **kind,
     )
+    return AttentionShape(spec=spec, num_layers=num_layers, block_size=block_size, dtype=dtype)
+
+
+LATENT: dict[str, Any] = {"num_heads": 6, "num_kv_heads": 1, "head_size": 20, "value_size": 12}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "window of 1": {"sliding_window": 1},
+    "window in a block": {"sliding_window": 5},
+    "window of a block": {"sliding_window": 16},
+    "window over blocks": {"sliding_window": 23},
+    "window of a prompt": {"sliding_window": 40},
+    "window never left": {"sliding_window": 1000},
+    "cap": {"soft_cap": 1.5},
+    "alibi": {"alibi": True},
+    "latent": LATENT,
+    "window, cap": {"sliding_window": 23, "soft_cap": 1.5},  # Gemma 2
+    "window, alibi": {"sliding_window": 7, "alibi": True},
+    "cap, alibi": {"soft_cap": 1.5, "alibi": True},
+    "window, latent": {"sliding_window": 9, **LATENT},
+    "all": {"sliding_window": 23, "soft_cap": 1.5, "alibi": True, **LATENT},
+}
 
 
 @dataclass(kw_only=True)
@@ -48,9 +78,11 @@ class Case:
     num_blocks: int
 
     def metadata(self) -> AttentionMetadata:
+        """Blocks that have left the window are 0 in the tables."""
         tables_SB = np.zeros((len(self.tables), max(map(len, self.tables))), np.int32)
-        for row, table in zip(tables_SB, self.tables, strict=True):
-            row[: len(table)] = table
+        for i, table in enumerate(self.tables):
+            first = self.first_seen(self.seq_lens[i] - self.query_lens[i]) // self.shape.block_size
+            tables_SB[i, first : len(table)] = table[first:]
         slots = [slot for i in range(len(self.tables)) for slot in self.slots(i)[-self.query_lens[i] :]]
         return AttentionMetadata(
             query_lens_S=np.array(self.query_lens, np.int32),
@@ -59,16 +91,20 @@ class Case:
             slot_mapping_T=np.array(slots, np.int32),
         )
 
+    def first_seen(self, position: int) -> int:
+        window = self.shape.spec.sliding_window
+        return 0 if window is None else max(0, position - (window - 1))
+
     def slots(self, i: int) -> list[int]:
         size = self.shape.block_size
         return [self.tables[i][p // size] * size + p % size for p in range(self.seq_lens[i])]
 
 
 def make_case(rng: np.random.Generator, shape: AttentionShape, lens: list[tuple[int, int]]) -> Case:
-    """Sequences of (new tokens, context), in blocks scattered over a cache that is larger than needed."""
+    """Sequences of (new tokens, context), in blocks scattered over a cache that is larger than needed; 0 is unused."""
     num_needed = [-(-context // shape.block_size) for _, context in lens]
     num_blocks = sum(num_needed) + 3
-    free = rng.permutation(num_blocks).tolist()
+    free = (1 + rng.permutation(num_blocks - 1)).tolist()
     tables = [[free.pop() for _ in range(n)] for n in num_needed]
     return Case(
         shape=shape,
@@ -79,79 +115,91 @@ def make_case(rng: np.random.Generator, shape: AttentionShape, lens: list[tuple[
     )
 
 
-def make_inputs(
-    rng: np.random.Generator, case: Case, fused: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v (slices of one tensor if `fused`) and caches whose slots outside the context hold NaN."""
-    s = case.shape
-    dtype = getattr(torch, s.dtype)
-    num_tokens, widths = sum(case.query_lens), (s.num_heads, s.num_kv_heads, s.num_kv_heads)
-    packed = torch.from_numpy(rng.normal(0, 1, (num_tokens, sum(widths), s.head_size))).to(dtype)
+@dataclass(kw_only=True)
+class Inputs:
+    """Without `v`, the values are the first entries of the keys, and `v_cache` is `k_cache`."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor | None
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+
+
+def make_inputs(rng: np.random.Generator, case: Case, fused: bool = False) -> Inputs:
+    """q, k, v (slices of one tensor if `fused`), and caches that hold NaN where no query of the step may look."""
+    spec, dtype = case.shape.spec, getattr(torch, case.shape.dtype)
+    num_tokens, widths = sum(case.query_lens), (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    packed = torch.from_numpy(rng.normal(0, 1, (num_tokens, sum(widths), spec.head_size))).to(dtype)
     q, k, v = packed.split(widths, dim=1)
     if not fused:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    size = (case.num_blocks * s.block_size, s.num_kv_heads, s.head_size)
+    size = (case.num_blocks * case.shape.block_size, spec.num_kv_heads, spec.head_size)
     caches = [torch.full(size, torch.nan, dtype=dtype) for _ in range(2)]
-    old = sorted({slot for i in range(len(case.tables)) for slot in case.slots(i)[: -case.query_lens[i]]})
+    seen: set[int] = set()
+    for i, (num_queries, num_tokens) in enumerate(zip(case.query_lens, case.seq_lens, strict=True)):
+        seen.update(case.slots(i)[case.first_seen(num_tokens - num_queries) : num_tokens - num_queries])
+    old = sorted(seen)
     for cache in caches:
         cache[old] = torch.from_numpy(rng.normal(0, 1, (len(old), *size[1:]))).to(dtype)
-    return q, k, v, caches[0], caches[1]
+    if spec.value_size is not None:
+        return Inputs(q=q, k=k, v=None, k_cache=caches[0], v_cache=caches[0])
+    return Inputs(q=q, k=k, v=v, k_cache=caches[0], v_cache=caches[1])
 
 
-def oracle(
-    case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor
-) -> np.ndarray:
-    """Attention of every query over the slots of its own and earlier positions, in float64."""
-    q64, k64, v64, k_cache64, v_cache64 = (x.double().numpy().copy() for x in (q, k, v, k_cache, v_cache))
-    mapping = case.metadata().slot_mapping_T
-    k_cache64[mapping], v_cache64[mapping] = k64, v64
-    group = case.shape.num_heads // case.shape.num_kv_heads
-    out, row = np.empty_like(q64), 0
+def oracle(case: Case, inputs: Inputs) -> np.ndarray:
+    """Attention of every query over the slots of its own and the earlier positions in its window, in float64."""
+    spec, mapping = case.shape.spec, case.metadata().slot_mapping_T
+    q64, k64, k_cache64, v_cache64 = (
+        x.double().numpy().copy() for x in (inputs.q, inputs.k, inputs.k_cache, inputs.v_cache)
+    )
+    k_cache64[mapping] = k64
+    v_cache64[mapping] = k64 if inputs.v is None else inputs.v.double().numpy()
+    group = spec.num_heads // spec.num_kv_heads
+    value_size = spec.head_size if spec.value_size is None else spec.value_size
+    out, row = np.empty((*q64.shape[:2], value_size)), 0
     for i, num_queries in enumerate(case.query_lens):
         slots = case.slots(i)
         for position in range(case.seq_lens[i] - num_queries, case.seq_lens[i]):
-            seen = slots[: position + 1]
+            seen = slots[case.first_seen(position) : position + 1]
             keys = np.repeat(k_cache64[seen], group, axis=1)
-            values = np.repeat(v_cache64[seen], group, axis=1)
-            scores = np.einsum("hd,lhd->hl", q64[row], keys) * case.shape.scale
+            values = np.repeat(v_cache64[seen], group, axis=1)[:, :, :value_size]
+            scores = np.einsum("hd,lhd->hl", q64[row], keys) * spec.scale
+            if spec.soft_cap is not None:
+                scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
+            for head, slope in enumerate(spec.alibi_slopes or ()):
+                scores[head] -= slope * np.arange(len(seen))[::-1]
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             out[row] = np.einsum("hl,lhd->hd", weights / weights.sum(axis=1, keepdims=True), values)
             row += 1
     return out
 
 
-def run(
-    name: str,
-    case: Case,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-) -> tuple[torch.Tensor, SlotCache]:
+def run(name: str, case: Case, inputs: Inputs) -> tuple[torch.Tensor, SlotCache]:
     """A step on copies of the caches; returns the output and the caches after it."""
     backend = make_backend(name, case.shape)
-    cache = SlotCache(k=k_cache.clone(), v=v_cache.clone())
-    return backend.forward(q, k, v, cache, backend.plan(case.metadata())), cache
+    k_cache = inputs.k_cache.clone()
+    cache = SlotCache(k=k_cache, v=k_cache if inputs.v is None else inputs.v_cache.clone())
+    return backend.forward(inputs.q, inputs.k, inputs.v, cache, backend.plan(case.metadata())), cache
 
 
-def check(name: str, rng: np.random.Generator, case: Case, *, fused: bool = False) -> torch.Tensor:
+def check(name: str, rng: np.random.Generator, case: Case, *, fused: bool = False) -> None:
     """Output against the oracle; inputs and other slots unchanged."""
-    q, k, v, k_cache, v_cache = inputs = make_inputs(rng, case, fused)
-    before = [x.clone() for x in inputs[:3]]
-    out, cache = run(name, case, *inputs)
-    assert out.shape == q.shape
-    assert out.dtype == q.dtype
-    expected = oracle(case, *inputs)
+    inputs = make_inputs(rng, case, fused)
+    given = [x for x in (inputs.q, inputs.k, inputs.v) if x is not None]
+    before = [x.clone() for x in given]
+    out, cache = run(name, case, inputs)
+    expected = oracle(case, inputs)
+    assert out.shape == expected.shape
+    assert out.dtype == inputs.q.dtype
     tolerance = TOLERANCE[case.shape.dtype]
     np.testing.assert_allclose(out.double().numpy(), expected, atol=tolerance, rtol=tolerance)
-    assert all(torch.equal(x, y) for x, y in zip(before, (q, k, v), strict=True)), "an input was changed"
+    assert all(torch.equal(x, y) for x, y in zip(before, given, strict=True)), "an input was changed"
     mapping = torch.from_numpy(case.metadata().slot_mapping_T).long()
-    for written, new, old in ((cache.k, k, k_cache), (cache.v, v, v_cache)):
+    for written, new, old in ((cache.k, inputs.k, inputs.k_cache), (cache.v, inputs.v, inputs.v_cache)):
         expected_cache = old.clone()
-        expected_cache[mapping] = new
+        expected_cache[mapping] = inputs.k if new is None else new
         assert torch.equal(written.nan_to_num(7e9), expected_cache.nan_to_num(7e9))
-    return out
 
 
 EDGES = [(1, 1), (1, 15), (1, 16), (1, 17), (15, 15), (16, 16), (17, 17), (2, 17), (16, 33), (1, 33), (5, 21), (2, 2)]
@@ -180,6 +228,17 @@ def test_head_ratios(name: str, heads: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_attention(name: str, kind: str, dtype: str) -> None:
+    rng = np.random.default_rng(len(kind))
+    lens = [*EDGES, (1, 90), (1, 64), (7, 64), (23, 24), (40, 40), (41, 41), (50, 90), (24, 100), (1, 91)]
+    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), lens), fused=True)
+    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(64, 64)]))
+    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(1, 64)]))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("block_size", [1, 8, 16, 64])
 def test_random_mixes(name: str, block_size: int, count: Callable[..., int]) -> None:
     rng = np.random.default_rng(block_size)
@@ -195,17 +254,22 @@ def test_random_mixes(name: str, block_size: int, count: Callable[..., int]) -> 
             head_size=int(rng.choice([8, 16, 20])),
             block_size=block_size,
             dtype=("float32", "bfloat16")[i % 2],
+            sliding_window=None if rng.random() < 0.5 else int(rng.integers(1, 110)),
+            soft_cap=None if rng.random() < 0.7 else float(rng.uniform(0.5, 5)),
+            alibi=bool(rng.random() < 0.3),
+            value_size=int(rng.integers(1, 9)) if num_kv_heads == 1 and rng.random() < 0.5 else None,
         )
         check(name, rng, make_case(rng, shape, lens), fused=bool(i % 3))
 
 
+@pytest.mark.parametrize("kind", ["full", "window over blocks", "cap", "latent", "window, cap"])
 @pytest.mark.parametrize("num_tokens", [64, 600, 4000])
-def test_a_step_is_cut_to_bounded_masks(num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_cut_to_bounded_masks(num_tokens: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long chunks and large groups are attended to in pieces, down to a row at a time."""
     rng = np.random.default_rng(1)
     monkeypatch.setattr(attention, "_MAX_SCORES", num_tokens)
     lens = [(40, 90), (1, 70), (33, 33), (1, 64), (7, 100), (1, 65), (1, 1), (12, 13)]
-    case = make_case(rng, make_shape(), lens)
+    case = make_case(rng, make_shape(**KINDS[kind]), lens)
     check("sdpa", rng, case)
     plan = SdpaAttention(case.shape, HostAllocator()).plan(case.metadata())
     assert isinstance(plan, attention._Plan)
@@ -251,12 +315,13 @@ def test_a_sequence_reads_a_block_that_another_fills_in_the_same_step(name: str)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_steps_over_one_cache_equal_one_whole_prompt(name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_over_one_cache_equal_one_whole_prompt(name: str, kind: str) -> None:
     rng = np.random.default_rng(5)
-    whole = make_case(rng, make_shape(block_size=8), [(50, 50)])
-    inputs = make_inputs(rng, whole, fused=False)
-    expected, _ = run(name, whole, *inputs)
-    backend, cache = make_backend(name, whole.shape), SlotCache(k=inputs[3].clone(), v=inputs[4].clone())
+    whole = make_case(rng, make_shape(**{"block_size": 8, **KINDS[kind]}), [(50, 50)])
+    inputs = make_inputs(rng, whole)
+    expected, _ = run(name, whole, inputs)
+    backend, cache = make_backend(name, whole.shape), SlotCache(k=inputs.k_cache, v=inputs.v_cache)
     done = 0
     for size in (1, 7, 8, 9, 1, 1, 16, 7):
         rows = slice(done, done + size)
@@ -264,23 +329,25 @@ def test_steps_over_one_cache_equal_one_whole_prompt(name: str) -> None:
         case = Case(
             shape=whole.shape, query_lens=[size], seq_lens=[done], tables=[whole.tables[0]], num_blocks=whole.num_blocks
         )
-        out = backend.forward(*(x[rows] for x in inputs[:3]), cache, backend.plan(case.metadata()))
+        v = None if inputs.v is None else inputs.v[rows]
+        out = backend.forward(inputs.q[rows], inputs.k[rows], v, cache, backend.plan(case.metadata()))
         torch.testing.assert_close(out, expected[rows], atol=1e-5, rtol=1e-5)
     assert done == 50
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_sequence_with_nan_fails_alone(name: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sequence_with_nan_fails_alone(name: str, kind: str) -> None:
     rng = np.random.default_rng(6)
     lens = [(1, 30), (1, 31), (4, 20), (4, 21), (9, 9), (1, 30)]
-    case = make_case(rng, make_shape(), lens)
-    q, k, v, k_cache, v_cache = make_inputs(rng, case, fused=False)
-    healthy, _ = run(name, case, q, k, v, k_cache, v_cache)
+    case = make_case(rng, make_shape(**KINDS[kind]), lens)
+    inputs = make_inputs(rng, case)
+    healthy, _ = run(name, case, inputs)
     rows = {1: [1], 3: [6, 7, 8, 9]}
     bad = [row for part in rows.values() for row in part]
-    v[bad] = torch.nan
-    out, _ = run(name, case, q, k, v, k_cache, v_cache)
-    others = [row for row in range(len(q)) if row not in bad]
+    (inputs.k if inputs.v is None else inputs.v)[bad] = torch.nan
+    out, _ = run(name, case, inputs)
+    others = [row for row in range(len(out)) if row not in bad]
     assert out[bad].isnan().all()
     assert torch.equal(out[others], healthy[others])
 
@@ -301,9 +368,7 @@ def test_blocks_are_copied_in_the_order_given(name: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_block_bytes_are_what_the_allocator_hands_out(name: str) -> None:
     allocator = HostAllocator()
-    shape = AttentionShape(
-        num_layers=3, num_heads=6, num_kv_heads=2, head_size=20, block_size=8, scale=1.0, dtype="bfloat16"
-    )
+    shape = make_shape(num_layers=3, num_heads=6, num_kv_heads=2, head_size=20, block_size=8, dtype="bfloat16")
     backend = (
         SdpaAttention(shape, allocator) if name == "sdpa" else ReferenceAttention(shape, allocator, torch.device("cpu"))
     )
@@ -313,9 +378,20 @@ def test_block_bytes_are_what_the_allocator_hands_out(name: str) -> None:
     assert allocator.allocated_bytes("kv_cache") == 11 * backend.block_bytes() == 11 * 3 * 2 * 8 * 2 * 20 * 2
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_latent_values_are_stored_once(name: str) -> None:
+    backend = make_backend(name, make_shape(num_layers=2, block_size=8, dtype="bfloat16", **LATENT))
+    assert backend.block_bytes() == 2 * 8 * 20 * 2
+    caches = [cache for cache in backend.allocate(3) if isinstance(cache, SlotCache)]
+    assert len(caches) == 2
+    assert all(cache.v is cache.k for cache in caches)
+    for cache in caches:
+        cache.k.copy_(torch.arange(3.0).repeat_interleave(8)[:, None, None].expand(24, 1, 20))
+    backend.copy_blocks(caches, [(1, 2), (0, 1)])
+    assert [cache.k[:, 0, 0].tolist() for cache in caches] == [[0.0] * 16 + [1.0] * 8] * 2
+
+
 def test_the_scale_is_the_shapes() -> None:
     rng = np.random.default_rng(8)
-    shape = AttentionShape(
-        num_layers=1, num_heads=2, num_kv_heads=1, head_size=16, block_size=4, scale=1.0, dtype="float32"
-    )
+    shape = make_shape(num_heads=2, num_kv_heads=1, block_size=4, scale=1.0)
     check("sdpa", rng, make_case(rng, shape, [(1, 9), (5, 9), (6, 6)]))

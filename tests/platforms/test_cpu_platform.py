@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from fairlead.errors import ConfigError
-from fairlead.interface import PLATFORM_API, AttentionShape, Device
+from fairlead.interface import PLATFORM_API, AttentionShape, AttentionSpec, Device
 from fairlead_cpu import memory, plugin
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.platform import CpuPlatform
 
 SHAPE = AttentionShape(
-    num_layers=2, num_heads=4, num_kv_heads=2, head_size=16, block_size=16, scale=0.25, dtype="float32"
+    spec=AttentionSpec(num_heads=4, num_kv_heads=2, head_size=16, scale=0.25),
+    num_layers=2,
+    block_size=16,
+    dtype="float32",
 )
 GIB = 2**30
 

@@ -72,8 +72,11 @@ class BlockManager:
         num_full = (seq.num_tokens - 1) // self.block_size if self._caching else 0
         self._extend_hashes(seq, num_full)
         hashes = seq.block_hashes[:num_full]
+        for group, pool in self._with(self.pools):
+            if group.sliding_window is None:  # cheap where little is cached: a long prompt may wait for many steps
+                hashes = hashes[: _num_leading(pool, hashes)]
         runs = [_runs(pool, hashes) for pool in self.pools]
-        num_blocks = num_full
+        num_blocks = len(hashes)
         while not all(run[num_blocks] >= num_blocks - self._first_needed(g, num_blocks) for g, run in self._with(runs)):
             num_blocks -= 1
         tables = []
@@ -151,10 +154,10 @@ class BlockManager:
         seq.num_computed_tokens = 0
 
     def unpublish(self, seq: Sequence) -> None:
-        """Forgets the cached blocks of a sequence: what they hold is not to be trusted."""
-        for pool, table in zip(self.pools, seq.block_tables, strict=True):
-            for block in table.blocks:
-                pool.cache.forget(block)
+        """Forgets the cached prefix of a sequence, blocks that left its windows included: it is not to be trusted."""
+        for pool in self.pools:
+            for its_hash in seq.block_hashes:
+                pool.forget(its_hash)
 
     def reset_cache(self) -> None:
         """Forgets all cached prefixes; sequences keep the blocks that they hold."""
@@ -194,6 +197,11 @@ class BlockManager:
         for i in range(len(hashes), num_full):
             parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
             hashes.append(block_hash(parent, seq.token_ids[i * size : (i + 1) * size]))
+
+
+def _num_leading(pool: BlockPool, hashes: Seq[bytes]) -> int:
+    """How many blocks from the first one on are cached without a gap."""
+    return next((i for i, h in enumerate(hashes) if pool.cache.get(h) is None), len(hashes))
 
 
 def _runs(pool: BlockPool, hashes: Seq[bytes]) -> list[int]:

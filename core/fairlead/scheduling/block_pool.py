@@ -58,6 +58,12 @@ class BlockPool:
             else:
                 self._free.append(block)
 
+    def forget(self, block_hash: bytes) -> None:
+        """Makes the block of this hash, if there is one, unfindable; an idle one is free."""
+        idle = self.cache.forget(block_hash)
+        if idle is not None:
+            self._free.append(idle)
+
     def reset_cache(self) -> None:
         """Forgets all cached blocks; the idle ones are free."""
         self._free += self.cache.clear()

@@ -10,6 +10,7 @@ A full block is known by a SHA-256 over its parent's hash and its own tokens, so
 import hashlib
 from array import array
 from collections import OrderedDict
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 
@@ -39,6 +40,11 @@ class PrefixCache:
     def num_idle(self) -> int:
         return len(self._idle)
 
+    @property
+    def hashes(self) -> Mapping[int, bytes]:
+        """Every cached block with its hash."""
+        return self._hash_by_block
+
     def __contains__(self, block: int) -> bool:
         return block in self._hash_by_block
 
@@ -67,11 +73,16 @@ class PrefixCache:
         del self._block_by_hash[self._hash_by_block.pop(block)]
         return block
 
-    def forget(self, block: int) -> None:
-        """Makes a referenced block unfindable; does nothing if it was not published."""
-        block_hash = self._hash_by_block.pop(block, None)
-        if block_hash is not None:
-            del self._block_by_hash[block_hash]
+    def forget(self, block_hash: bytes) -> int | None:
+        """Makes the block of this hash, if there is one, unfindable; returns it if it was idle and is free now."""
+        block = self._block_by_hash.pop(block_hash, None)
+        if block is None:
+            return None
+        del self._hash_by_block[block]
+        if block not in self._idle:
+            return None
+        del self._idle[block]
+        return block
 
     def clear(self) -> list[int]:
         """Forgets every block; returns those that were idle and are free now."""

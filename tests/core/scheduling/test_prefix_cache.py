@@ -76,15 +76,19 @@ def test_a_busy_block_is_never_evicted() -> None:
     assert cache.get(A) == 1
 
 
-def test_a_forgotten_block_is_not_found() -> None:
-    cache = PrefixCache()
+def test_a_forgotten_block_is_not_found_and_free_if_it_was_idle() -> None:
+    cache = cache_of((3, C))
     cache.publish(1, A)
-    cache.forget(1)
-    cache.forget(2)  # never published
+    assert cache.hashes == {3: C, 1: A}
+    assert cache.forget(A) is None  # still referenced
+    assert cache.forget(A) is cache.forget(B) is None  # not there
     assert cache.get(A) is None
     assert 1 not in cache
     cache.publish(2, A)
     assert cache.get(A) == 2
+    assert cache.forget(C) == 3
+    assert (cache.num_idle, cache.hashes) == (0, {2: A})
+    cache.check_integrity([0, 0, 1, 0])
 
 
 def test_clear_forgets_all_and_returns_the_idle() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from fairlead.request import EngineStats, FinishReason, Request, SamplingParams, SequenceDelta, TokenLogprobs
 from fairlead.scheduling.batch import SampledToken, ScheduledBatch
-from fairlead.scheduling.block_manager import BlockManager
+from fairlead.scheduling.block_manager import BlockManager, CacheGroup
 from fairlead.scheduling.scheduler import NAN_ERROR, Scheduler
 
 EOS = 2
@@ -21,14 +21,16 @@ class Engine:
         self,
         *,
         num_blocks: int = 100,
+        windows: Sequence[int | None] = (None,),
         block_size: int = 4,
         caching: bool = True,
         max_num_seqs: int = 8,
         budget: int = 64,
         max_model_len: int = 64,
     ) -> None:
+        groups = [CacheGroup(num_blocks=num_blocks, sliding_window=window) for window in windows]
         self.scheduler = Scheduler(
-            BlockManager(num_blocks, block_size, enable_prefix_caching=caching),
+            BlockManager(groups, block_size, max_chunk=budget, enable_prefix_caching=caching),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
@@ -68,7 +70,7 @@ class Engine:
     def run(self, max_steps: int = 1000) -> None:
         for _ in range(max_steps):
             if not self.scheduler.has_work:
-                assert self.scheduler.blocks.num_referenced == 0
+                assert self.stats.kv_cache_usage == 0
                 return
             self.step()
         raise AssertionError(f"still at work after {max_steps} steps")
@@ -81,6 +83,12 @@ class Engine:
 def starts(batch: ScheduledBatch) -> list[tuple[int, int]]:
     """(start, number of tokens) of each chunk."""
     return [(c.start, len(c.token_ids)) for c in batch.chunks]
+
+
+def table(batch: ScheduledBatch, chunk: int) -> tuple[int, ...]:
+    """The blocks of a chunk in its only group."""
+    ((_, blocks),) = batch.chunks[chunk].block_tables
+    return blocks
 
 
 def test_an_idle_scheduler_has_an_empty_step() -> None:
@@ -177,7 +185,7 @@ def test_a_prefix_is_shared_within_one_step() -> None:
     engine.add("b", [*range(10, 18), 77, 78])
     batch = engine.step()
     assert starts(batch) == [(0, 10), (8, 2)]
-    assert batch.chunks[0].block_table[:2] == batch.chunks[1].block_table[:2]
+    assert table(batch, 0)[:2] == table(batch, 1)[:2]
     assert batch.num_tokens == 12
 
 
@@ -188,7 +196,7 @@ def test_salts_isolate() -> None:
     engine.add("c", 10, salt="tenant")
     batch = engine.step()
     assert starts(batch) == [(0, 10), (0, 10), (8, 2)]
-    assert not set(batch.chunks[0].block_table) & set(batch.chunks[1].block_table)
+    assert not set(table(batch, 0)) & set(table(batch, 1))
 
 
 @pytest.mark.parametrize("length", [7, 8, 9])
@@ -206,6 +214,16 @@ def test_forks_copy_where_they_part(length: int) -> None:
     assert [len(t) for t in engine.tokens.values()] == [4, 4, 4]
     assert engine.stats.num_generation_tokens == 12
     assert engine.stats.num_prompt_tokens == length  # once, not once a sibling
+
+
+def test_the_seeds_of_siblings_differ_and_have_64_bits() -> None:
+    engine = Engine(num_blocks=128, max_num_seqs=128, budget=128)
+    request = Request(request_id="a", prompt_token_ids=(10,), params=SamplingParams(n=128))
+    engine.scheduler.add(request, seed=2**64 - 1)
+    seeds = [engine.step().chunks[0].sample_seed]
+    seeds += [chunk.sample_seed for chunk in engine.step().chunks[1:]]
+    assert len(set(seeds)) == 128
+    assert all(seed is not None and 0 <= seed < 2**64 for seed in seeds)
 
 
 def test_siblings_of_a_hit_report_it() -> None:
@@ -297,7 +315,7 @@ def test_why_a_sequence_ends(params: dict[str, Any], prompt: int, sampled: list[
     assert engine.ends == {("a", 0): end}
     assert engine.tokens["a", 0] == sampled
     assert not engine.scheduler.has_work
-    assert engine.scheduler.blocks.num_referenced == 0
+    assert engine.stats.kv_cache_usage == 0
 
 
 def test_logprobs_pass_through() -> None:
@@ -348,7 +366,7 @@ def test_abort_amid_the_prompt() -> None:
     engine.step()
     engine.scheduler.abort("a")
     assert not engine.scheduler.has_work
-    assert engine.scheduler.blocks.num_referenced == 0
+    assert engine.stats.kv_cache_usage == 0
 
 
 def test_abort_while_decoding_twice_and_of_the_unknown() -> None:
@@ -434,3 +452,43 @@ def test_the_pool_must_hold_the_longest_sequence() -> None:
     engine.add("a", 8)
     with pytest.raises(AssertionError, match="no sequence could be scheduled"):
         engine.step()
+
+
+def test_a_window_holds_a_long_prompt_in_few_blocks() -> None:
+    engine = Engine(num_blocks=5, windows=[6], budget=8, max_model_len=64)
+    engine.add("a", 50, max_tokens=10)
+    held = []
+    while engine.scheduler.has_work:
+        batch = engine.step()
+        ((first, blocks),) = batch.chunks[0].block_tables
+        held.append((first, len(blocks)))
+    assert held[:7] == [(0, 2), (0, 4), (2, 4), (4, 4), (6, 4), (8, 4), (10, 3)]
+    assert max(n for _, n in held[7:]) == 3
+    assert engine.ends == {("a", 0): (FinishReason.LENGTH, None)}
+
+
+def test_full_and_windowed_groups_share_a_prefix_each_its_own_part() -> None:
+    engine = Engine(windows=[None, 6])
+    engine.add("first", 16, max_tokens=5)
+    (old,) = engine.step().chunks
+    for _ in range(3):
+        engine.step()
+    engine.add("second", 17, max_tokens=1)
+    still, new = engine.step().chunks
+    assert (new.start, new.token_ids) == (16, (26,))
+    assert [first for first, _ in old.block_tables] == [0, 0]
+    assert [first for first, _ in still.block_tables] == [0, 3]
+    assert [first for first, _ in new.block_tables] == [0, 2]
+    assert new.block_tables[0][1][:4] == old.block_tables[0][1]
+    assert new.block_tables[1][1][:2] == old.block_tables[1][1][2:]
+
+
+def test_preemption_is_by_the_group_that_is_full() -> None:
+    """Of the window's group there is enough for all."""
+    engine = Engine(num_blocks=6, windows=[4, None], max_model_len=24, caching=False)
+    for name in "ab":
+        engine.add(name, 7, max_tokens=15)
+    engine.run()
+    assert engine.stats.num_preemptions == 1
+    assert list(engine.ends) == [("a", 0), ("b", 0)]
+    assert all(tokens == [100] * 15 for tokens in engine.tokens.values())

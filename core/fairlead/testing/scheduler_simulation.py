@@ -1,0 +1,260 @@
+"""Drives a Scheduler with a null worker and an oracle of what every KV slot holds.
+
+A tool for whoever changes the scheduler or the block manager; there is no model and no torch. The simulated worker
+fills each slot with the identity of the token prefix (salt included) that it stands for, and every chunk is checked to
+read exactly its own prefix, in a group with a sliding window the part of it that its queries see. Copy-on-write, prefix
+hits within a step, blocks that leave a window, eviction, preemption and cache resets are right if, and only if, that
+holds. Models have one full group, one windowed group, or two groups. All of it is checked after each rule; a violation
+is an AssertionError. One seed gives one trace; to see a seed fail:
+
+    python -m fairlead.testing.scheduler_simulation SEED NUM_STEPS
+"""
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Protocol
+
+from fairlead.request import MAX_N, Request, SamplingParams
+from fairlead.scheduling.batch import SampledToken, ScheduledBatch
+from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
+from fairlead.testing.scheduler_oracle import EOS, POISON, STOP_TOKEN, Expected, Oracle, Setup, tables_of
+
+VOCAB_SIZE = 24
+MAX_REQUESTS = 8  # in flight
+GARBAGE = -2  # in a slot: what a step that failed left behind
+KINDS = ((False,), (False,), (True,), (False, True), (False, True), (True, False), (True, True))
+
+
+class Trace(Protocol):
+    """Takes in everything that happens; a hashlib object will do."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+def random_setup(rng: Random) -> Setup:
+    """Small sizes, so that edges are common. A model has a full group, windowed ones, or both."""
+    block_size = rng.choice((1, 2, 3, 4, 8, 16))
+    max_model_len = rng.randint(2, 32)
+    budget = rng.choice((1, 2, 3, 5, 8, 16, 64))
+
+    def group(is_windowed: bool) -> CacheGroup:
+        """A window within a block, or of any size up to one that never ends; a pool that may be as small as can be."""
+        window = rng.choice((rng.randint(1, block_size), rng.randint(1, max_model_len + 1)))
+        sliding_window = window if is_windowed else None
+        most = blocks_per_sequence(sliding_window, max_model_len, block_size, budget)
+        return CacheGroup(num_blocks=most + rng.choice((0, 0, 1, 2, 4, 8, 16)), sliding_window=sliding_window)
+
+    return Setup(
+        block_size=block_size,
+        max_model_len=max_model_len,
+        budget=budget,
+        max_num_seqs=rng.randint(1, 8),
+        caching=rng.random() < 0.8,
+        groups=tuple(map(group, rng.choice(KINDS))),
+    )
+
+
+class Simulation(Oracle):
+    """A scheduler with a simulated worker. Each public method from `add` to `drain` is a rule; it checks all of it."""
+
+    def __init__(self, rng: Random, trace: Trace | None = None, seen: Counter[str] | None = None) -> None:
+        super().__init__(random_setup(rng), Counter() if seen is None else seen)
+        self.trace = trace
+        self.prompts = [[rng.randrange(2) for _ in range(self.setup.max_model_len)] for _ in range(2)]
+        self.num_added = 0
+        self.note("setup", self.setup)
+
+    # Rules
+
+    def add(self, rng: Random) -> None:
+        """A request whose prompt shares a prefix with others."""
+        if len({e.request.request_id for e in self.open.values()}) >= MAX_REQUESTS:
+            return
+        length = min(rng.randint(1, rng.choice((4, self.setup.max_model_len))), self.setup.max_model_len - 1)
+        prompt = rng.choice(self.prompts)[:length]
+        if rng.random() < 0.5:
+            changed = rng.randrange(length)
+            prompt = [*prompt[:changed], *(rng.randrange(2) for _ in range(length - changed))]
+        request = Request(
+            request_id=str(self.num_added),
+            prompt_token_ids=tuple(prompt),
+            params=SamplingParams(
+                n=rng.randint(1, min(4, self.setup.max_num_seqs)) if rng.random() < 0.4 else 1,
+                max_tokens=rng.choice((None, None, 1, 3, 20)),
+                ignore_eos=rng.random() < 0.5,
+                stop_token_ids=(STOP_TOKEN,) if rng.random() < 0.3 else (),
+            ),
+            eos_token_ids=(EOS,),
+            cache_salt=rng.choice(("", "", "", "tenant")),
+        )
+        self.note("add", request)
+        self.scheduler.add(request, rng.getrandbits(64))
+        for index in range(request.params.n):
+            self.open[self.num_added * MAX_N + index] = sequence = Expected(request, index)
+            for token in prompt:
+                sequence.append(token)
+        self.num_added += 1
+        self.check()
+
+    def step(self, rng: Random) -> None:
+        """One step, undisturbed."""
+        self._step(rng)
+
+    def step_with_nan(self, rng: Random) -> None:
+        """A step in which one sequence's keys, values and logits turn to NaN."""
+        self._step(rng, nan=True)
+
+    def step_with_abort(self, rng: Random) -> None:
+        """A step during which a caller leaves."""
+        self._step(rng, during=self.abort if rng.random() < 0.5 else self.abort_one)
+
+    def step_with_reset(self, rng: Random) -> None:
+        """A step during which the prefix cache is reset."""
+        self._step(rng, during=self.reset_cache)
+
+    def step_that_fails(self, rng: Random) -> None:
+        """A step whose worker dies half-way."""
+        if self.scheduler.has_work:
+            batch = self.scheduler.schedule()
+            for chunk in batch.chunks[rng.randint(0, len(batch.chunks)) :]:
+                for kv, (first, blocks) in zip(self.kv, chunk.block_tables, strict=True):
+                    for block in blocks[chunk.start // self.block_size - first :]:
+                        kv[block] = [GARBAGE] * self.block_size
+            ended = self.scheduler.abort_all()
+            assert ended == list(dict.fromkeys(e.request.request_id for e in self.open.values()))
+            self.open.clear()
+            self.seen["worker errors"] += 1
+            self.note("failed", ended)
+            self.check()
+
+    def abort(self, rng: Random) -> None:
+        """A caller leaves."""
+        if self.open:
+            request_id = rng.choice(list(self.open.values())).request.request_id
+            self.note("abort", request_id)
+            self.scheduler.abort(request_id)
+            self.open = {k: e for k, e in self.open.items() if e.request.request_id != request_id}
+            self.scheduler.abort(request_id)  # again: nothing happens
+            self.seen["aborts"] += 1
+            self.check_blocks()
+
+    def abort_one(self, rng: Random) -> None:
+        """A stop string ends one sequence of a request."""
+        if self.open:
+            seq_id = rng.choice(list(self.open))
+            sequence = self.open[seq_id]
+            self.note("abort", seq_id)
+            self.scheduler.abort(sequence.request.request_id, sequence.index)
+            if sequence.request.params.n == 1 or sequence.request.request_id in self.forked:
+                del self.open[seq_id]
+                self.seen["aborts of one"] += 1
+            self.check_blocks()
+
+    def reset_cache(self, rng: Random) -> None:
+        """The prefix cache is forgotten."""
+        self.note("reset")
+        self.blocks.reset_cache()
+        assert not any(self.cached_blocks())
+        self.check_blocks()
+
+    def drain(self, rng: Random) -> None:
+        """Nothing new comes: everything ends within a known number of steps (8)."""
+        prefill = -(-self.setup.max_model_len // self.budget)
+        bound = sum(prefill + self.setup.max_model_len - len(e.tokens) for e in self.open.values())
+        for _ in range(bound):
+            self._step(rng)
+        assert not self.open
+        assert not self.scheduler.has_work
+        self.seen["drains"] += 1
+
+    # The simulated worker and front end
+
+    def note(self, *what: object) -> None:
+        if self.trace is not None:
+            self.trace.update(repr(what).encode())
+
+    def _step(self, rng: Random, *, nan: bool = False, during: Callable[[Random], None] | None = None) -> None:
+        if not self.scheduler.has_work:
+            return
+        before = {s.seq_id: tables_of(s) for s in self.scheduler.running}
+        cached_before = self.cached_blocks()
+        num_preemptions = self.scheduler.stats().num_preemptions
+        batch = self.scheduler.schedule()
+        num_preempted = self.scheduler.stats().num_preemptions - num_preemptions
+        self.check_batch(batch, preempted=num_preempted > 0)
+        self.check_writes(batch, before, cached_before)
+        nan_seq_id = rng.choice(batch.chunks).seq_id if nan else None
+        sampled = self._execute(batch, nan_seq_id)
+        num_evicted = [len(b.items() - a.items()) for b, a in zip(cached_before, self.cached_blocks(), strict=True)]
+        if self.setup.caching and nan_seq_id is None:
+            self.check_published(batch, [n == 0 for n in num_evicted])
+        self.note(batch, sampled)
+        if during is not None:
+            during(rng)
+        hashes = {s.seq_id: s.block_hashes for s in self.scheduler.running}
+        expected = self.expected_deltas(batch, sampled)
+        assert self.scheduler.update(batch, sampled) == expected  # 7: one end each, and nothing after it
+        self.check_forgotten(hashes, expected)
+        self.seen["steps"] += 1
+        self.seen["preemptions"] += num_preempted
+        self.seen["copies"] += len(batch.block_copies)
+        self.seen["evictions"] += sum(num_evicted)
+        self.check()
+
+    def _execute(self, batch: ScheduledBatch, nan_seq_id: int | None) -> list[SampledToken]:
+        size = self.block_size
+        for group, source, destination in batch.block_copies:
+            self.kv[group][destination] = list(self.kv[group][source])
+        for group, kv in enumerate(self.kv):
+            written: set[tuple[int, int]] = set()
+            for chunk in batch.chunks:
+                first, blocks = chunk.block_tables[group]
+                slots = self.open[chunk.seq_id].slots
+                for i in range(chunk.start, chunk.start + len(chunk.token_ids)):
+                    block, offset = blocks[i // size - first], i % size
+                    kv[block][offset] = POISON if chunk.seq_id == nan_seq_id else slots[i]
+                    written.add((block, offset))
+            assert len(written) == batch.num_tokens, "two tokens of a step in one slot"
+        sampled = []
+        for chunk in batch.chunks:
+            poisoned = [self.reads_poison(chunk, group) for group in range(len(self.groups))]
+            if chunk.sample_seed is not None:
+                token = (chunk.sample_seed * 0x2545F491 + chunk.position * 0x9E3779B1 >> 17) % VOCAB_SIZE
+                sampled.append(SampledToken(token_id=None if any(poisoned) else token))
+        return sampled
+
+
+RULES: dict[Callable[[Simulation, Random], None], int] = {  # with their weights in the plain driver
+    Simulation.add: 60,
+    Simulation.step: 120,
+    Simulation.step_with_abort: 8,
+    Simulation.step_with_nan: 4,
+    Simulation.step_with_reset: 2,
+    Simulation.step_that_fails: 1,
+    Simulation.abort: 4,
+    Simulation.abort_one: 6,
+    Simulation.reset_cache: 2,
+    Simulation.drain: 1,
+}
+
+
+def simulate(seed: int, num_steps: int, trace: Trace | None = None) -> Counter[str]:
+    """The plain driver: `num_steps` steps over many engines; returns how often what happened."""
+    rng = Random(seed)
+    seen: Counter[str] = Counter()
+    rules, weights = list(RULES), list(RULES.values())
+    while seen["steps"] < num_steps:
+        simulation = Simulation(rng, trace, seen)
+        for apply in rng.choices(rules, weights, k=min(1000, 2 * num_steps)):
+            apply(simulation, rng)
+        simulation.drain(rng)
+    return seen
+
+
+if __name__ == "__main__":
+    digest = hashlib.sha256()
+    happened = simulate(int(sys.argv[1]), int(sys.argv[2]), digest)
+    print(digest.hexdigest(), dict(happened))
