@@ -66,6 +66,10 @@ class EngineCore:
             self._check_structured()
             self._structured.submit(request, seed)
 
+    def prepare_structured(self) -> None:
+        """Starts, in the background, what a first structured output would wait for; for servers."""
+        self._structured.compiler.warm_up()
+
     def check_structured(self, spec: StructuredOutputParams) -> None:
         """Waits, some seconds at most, until it is known that the grammar compiles. Raises RequestError if not."""
         self._check_structured()

@@ -167,7 +167,9 @@ def _end_with_parent(socket_dir: Path) -> None:
 def _load(config: EngineConfig) -> Engine:
     from fairlead.engine.engine import EngineCore  # imports torch; in here, so that an import error is reported too
 
-    return EngineCore(config)
+    engine = EngineCore(config)
+    engine.prepare_structured()
+    return engine
 
 
 if __name__ == "__main__":

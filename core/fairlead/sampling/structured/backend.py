@@ -120,7 +120,10 @@ def installed_backends() -> tuple[str, ...]:
 
 
 def backend_names(wanted: str) -> tuple[str, ...]:
-    """The libraries to use, in order of preference. Raises ConfigError if the wanted one is missing."""
+    """The libraries to use, in order of preference. Raises ConfigError if the wanted one is missing.
+
+    xgrammar brings llguidance along, for the schemas that it would only follow in part.
+    """
     installed = installed_backends()
     if wanted == AUTO:
         return installed
@@ -129,7 +132,7 @@ def backend_names(wanted: str) -> tuple[str, ...]:
             f"structured_outputs_backend {wanted!r} is not installed (there is {', '.join(installed) or 'none'}); "
             f"install fairlead[{wanted}]"
         )
-    return (wanted,)
+    return (wanted, *(name for name in installed if name != wanted and wanted == XGRAMMAR))
 
 
 def create_backend(name: str, vocabulary: Vocabulary) -> Backend:

@@ -32,21 +32,24 @@ class Checker:
         self._vocabulary, self._timeout_s = vocabulary, timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._finalizer: weakref.finalize[[subprocess.Popen[bytes]], Checker] | None = None
+        self._imported: set[str] = set()  # libraries that the worker has imported
         self._numbers = itertools.count()
         self._running: int | None = None
         self._lock = threading.Lock()  # of the pipe to the worker
 
     def check(self, backend: str, kind: str, text: str) -> str | None:
         """What is wrong with the specification, in one line; None if nothing is."""
-        first = self._process is None
         number = next(self._numbers)
         request = {"id": number, "backend": backend, "kind": kind, "text": text, "timeout_s": self._timeout_s}
         try:
             process = self._start() if self._process is None else self._process
             self._running = number
             self._send(process, pack(request))
-            wait_s = self._timeout_s + _GRACE_S + (_START_S if first else 0)
-            return self._answer(process, number, wait_s)
+            wait_s = self._timeout_s + _GRACE_S + (0 if backend in self._imported else _START_S)
+            answer = self._answer(process, number, wait_s)
+            if self._process is process:  # else it had to be killed
+                self._imported.add(backend)
+            return answer
         except OSError:
             self.close()
             return DIED
@@ -70,6 +73,7 @@ class Checker:
         if self._finalizer is not None:
             self._finalizer()
         self._process = self._finalizer = None
+        self._imported.clear()
 
     @property
     def pid(self) -> int | None:

@@ -1,11 +1,13 @@
 """Specifications to grammars: tried out in the worker, compiled here, kept in a cache that is bounded by bytes."""
 
+import contextlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from fairlead.errors import RequestError
 from fairlead.sampling.structured.backend import (
+    XGRAMMAR,
     Backend,
     Grammar,
     GrammarError,
@@ -17,7 +19,7 @@ from fairlead.sampling.structured.backend import (
 from fairlead.sampling.structured.checker import CANCELLED, Checker
 from fairlead.sampling.structured.params import StructuredOutputParams, spec_error
 
-CACHE_BYTES = 32 << 20
+CACHE_BYTES = 16 << 20
 _MAX_VERDICTS = 4096
 _MAX_READY = 64  # grammars that are compiled ahead of the engine
 
@@ -70,6 +72,16 @@ class Compiler:
         )  # what is wrong with a specification, if anything
         self._turn = threading.RLock()
         self._was_cancelled = False
+
+    def warm_up(self) -> None:
+        """Starts the worker in the background if its import takes seconds: bad specifications are refused in time."""
+        if self._names and self._names[0] == XGRAMMAR:
+            spec = StructuredOutputParams(choice=("yes", "no"))
+            threading.Thread(target=self._warm_up, args=(spec,), name="fairlead-warm-up", daemon=True).start()
+
+    def _warm_up(self, spec: StructuredOutputParams) -> None:
+        with contextlib.suppress(RequestError):  # a request will meet the same and tell
+            self.check(spec)
 
     def check(self, spec: StructuredOutputParams) -> None:
         """Raises RequestError, within some seconds whatever was asked, if the specification cannot be compiled."""

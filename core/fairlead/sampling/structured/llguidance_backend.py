@@ -19,7 +19,7 @@ from fairlead.sampling.structured.backend import (
 # No endless spaces: a weak model fills its answer with them. Two make ": ", ",\n" and "{ " possible.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,2}"
 _MAX_LEXER_STATES = 20_000  # of 1 to 2 KiB each, per sequence
-_BASE_BYTES, _BYTES_PER_CHAR = 16 * 1024, 32  # measured: 9 KiB for a schema of 421 characters, 3 MiB for 92,000
+_BASE_BYTES, _BYTES_PER_CHAR = 160 * 1024, 64  # measured: 89 KiB for schemas of 400 characters, 137 once they have run
 
 
 class _TokenizerInfo:

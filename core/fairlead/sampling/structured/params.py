@@ -128,7 +128,7 @@ def _check_tree(schema: object) -> None:
     while open_nodes:
         node, depth = open_nodes.pop()
         num_nodes += 1
-        if depth > MAX_DEPTH:
+        if depth > MAX_DEPTH and isinstance(node, (dict, list, tuple)):
             raise spec_error(f"json is nested more than {MAX_DEPTH} deep")
         if num_nodes > MAX_NODES:
             raise spec_error(f"json holds more than {MAX_NODES} values")

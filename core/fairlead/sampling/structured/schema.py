@@ -11,7 +11,7 @@ _SCALARS = {"string", "number", "integer", "boolean", "null"}
 _COMMENTS = {"$schema", "$id", "$comment", "title", "description", "default", "examples"}
 _XGRAMMAR_KEYWORDS = _COMMENTS | {
     *("type", "properties", "required", "additionalProperties", "items", "minItems", "maxItems", "enum", "const"),
-    *("anyOf", "$ref", "$defs", "definitions", "minLength", "maxLength", "pattern"),
+    *("anyOf", "$ref", "$defs", "definitions", "minLength", "maxLength"),
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
 }
 _SUBSCHEMAS = ("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else")
@@ -60,8 +60,6 @@ def xgrammar_knows(text: str) -> bool:
         rest = schema.keys() - _COMMENTS - {"$defs", "definitions", "type"}
         if choices and len(rest) > 1:
             return False  # it follows one of them and forgets what stands beside
-        if "pattern" in schema and not {"minLength", "maxLength"}.isdisjoint(schema):
-            return False
         bounds = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"} & schema.keys()
         if bounds and schema.get("type") != "integer":
             return False
