@@ -112,7 +112,10 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch, allowed_SV: torch.Tens
             rows_R = torch.from_numpy(drawn.rows_R).to(logits_SV.device)
             logits_RV = logits_SV if len(rows_R) == len(logits_SV) else logits_SV[rows_R]
             tokens_S[rows_R] = draw(_probs(logits_RV, best_S[rows_R], drawn), drawn)
-    is_bad = (~best_S.isfinite()).tolist()
+    is_bad_S = ~best_S.isfinite()
+    if allowed_SV is not None:
+        is_bad_S |= ~unchanged_SV.amax(dim=-1).isfinite()  # a NaN that the grammar forbids is one, too
+    is_bad = is_bad_S.tolist()
     token_ids: list[int] = tokens_S.tolist()
     logprobs = _logprobs(unchanged_SV, tokens_S, batch)
     return [

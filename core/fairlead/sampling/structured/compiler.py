@@ -223,5 +223,5 @@ class CompileQueue:
             return self._compiler.compile(spec)
         except RequestError as error:
             return error
-        except Exception as error:  # a broken installation: the request is told, the engine goes on
+        except BaseException as error:  # a broken installation, or a panic: the request is told, the engine goes on
             return spec_error(f"the grammar library failed: {type(error).__name__}: {error!s:.200}")

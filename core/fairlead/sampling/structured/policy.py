@@ -13,7 +13,7 @@ import numpy as np
 
 from fairlead.errors import RequestError
 from fairlead.request import Request, Sequence, SequenceDelta
-from fairlead.sampling.structured.backend import Grammar, GrammarError, Matcher
+from fairlead.sampling.structured.backend import Grammar, Matcher
 from fairlead.sampling.structured.compiler import CompileQueue, Compiler
 from fairlead.scheduling.batch import SampledToken, ScheduledBatch
 
@@ -187,8 +187,8 @@ class StructuredOutputs:
         for row_W, place in zip(words_RW, places, strict=True):
             try:
                 place.matcher.fill_bitmask(row_W)
-            except GrammarError as error:
-                place.error = f"the grammar cannot go on: {error}"
+            except BaseException as error:  # a library's panic is no Exception; it ends one sequence, not the engine
+                place.error = f"the grammar cannot go on: {error!s:.300}"
             bits_W = row_W.view(np.uint32)
             may_end = bool(bits_W[end_word] & end_bit)
             bits_W[end_word] &= end_bit ^ 0xFFFFFFFF
@@ -207,6 +207,9 @@ def _advanced(place: _Place, token: SampledToken) -> SampledToken:
         return SampledToken(token_id=None, error=place.error)
     if token.token_id is None or token.token_id in place.request.eos_token_ids:
         return token
-    if not place.matcher.accept(token.token_id):
-        return SampledToken(token_id=None, error=REFUSED)
-    return replace(token, ends_sequence=True) if place.matcher.is_finished else token
+    try:
+        if not place.matcher.accept(token.token_id):
+            return SampledToken(token_id=None, error=REFUSED)
+        return replace(token, ends_sequence=True) if place.matcher.is_finished else token
+    except Exception as error:  # whatever a library raises ends one sequence, not the engine
+        return SampledToken(token_id=None, error=f"the grammar cannot go on: {error!s:.300}")

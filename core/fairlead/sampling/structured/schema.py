@@ -61,7 +61,7 @@ def xgrammar_knows(text: str) -> bool:
         if choices and len(rest) > 1:
             return False  # it follows one of them and forgets what stands beside
         bounds = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"} & schema.keys()
-        if bounds and schema.get("type") != "integer":
+        if bounds and schema.get("type") not in ("integer", "number"):
             return False
         if "type" not in schema and not choices and rest:
             return False
