@@ -10,8 +10,8 @@ is an AssertionError. One seed gives one trace; to see a seed fail:
     python -m fairlead.testing.scheduler_simulation SEED NUM_STEPS
 """
 
+import argparse
 import hashlib
-import sys
 from collections import Counter
 from collections.abc import Callable
 from random import Random
@@ -25,7 +25,15 @@ from fairlead.testing.scheduler_oracle import EOS, POISON, STOP_TOKEN, Expected,
 VOCAB_SIZE = 24
 MAX_REQUESTS = 8  # in flight
 GARBAGE = -2  # in a slot: what a step that failed left behind
-KINDS = ((False,), (False,), (True,), (False, True), (False, True), (True, False), (True, True))
+KINDS = (  # of models: whether each group has a window
+    (False,),
+    (False,),
+    (True,),
+    (False, True),
+    (False, True),
+    (True, False),
+    (True, True),
+)
 
 
 class Trace(Protocol):
@@ -255,6 +263,11 @@ def simulate(seed: int, num_steps: int, trace: Trace | None = None) -> Counter[s
 
 
 if __name__ == "__main__":
-    digest = hashlib.sha256()
-    happened = simulate(int(sys.argv[1]), int(sys.argv[2]), digest)
+    parser = argparse.ArgumentParser(
+        description="Simulate a scheduler; prints a digest of all that happened, and counts."
+    )
+    parser.add_argument("seed", type=int)
+    parser.add_argument("num_steps", type=int)
+    arguments, digest = parser.parse_args(), hashlib.sha256()
+    happened = simulate(arguments.seed, arguments.num_steps, digest)
     print(digest.hexdigest(), dict(happened))

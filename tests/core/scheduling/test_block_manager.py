@@ -133,8 +133,9 @@ def test_salts_share_nothing() -> None:
 def test_without_prefix_caching_nothing_is_shared_or_kept() -> None:
     blocks, first = manager(3, caching=False), sequence(9)
     compute(blocks, first)
-    assert hits(blocks, sequence(9)) == []
-    assert first.block_hashes == []
+    again = sequence(9)
+    assert hits(blocks, again) == []
+    assert first.block_hashes == again.block_hashes == []
     blocks.free(first)
     assert len(blocks.pools[0]._free) == 3
 
