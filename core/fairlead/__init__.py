@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fairlead.request import FinishReason as FinishReason
     from fairlead.request import RequestOutput as RequestOutput
     from fairlead.request import SamplingParams as SamplingParams
+    from fairlead.request import StructuredOutputParams as StructuredOutputParams
 
 _HOMES = {
     "LLM": "fairlead.engine.llm",
@@ -28,6 +29,7 @@ _HOMES = {
     "FinishReason": "fairlead.request",
     "RequestOutput": "fairlead.request",
     "SamplingParams": "fairlead.request",
+    "StructuredOutputParams": "fairlead.request",
     "plan_engine": "fairlead.engine.planner",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "FinishReason",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputParams",
     "plan_engine",
 ]
 

@@ -51,6 +51,11 @@ class ModelConfig:
     seed: int = setting(0, "Seed of requests that bring none.")
     served_model_name: str | None = setting(None, "Name of the model in the API, if not the one it was loaded by.")
     generation_config: str = setting("auto", "'auto' takes sampling defaults from the model, 'fairlead' ignores them.")
+    structured_outputs_backend: str = setting(
+        "auto",
+        "Grammar library: 'xgrammar', 'llguidance', or 'auto' for the best one that is installed.",
+        aliases=("guided_decoding_backend",),
+    )
     chat_template: str | None = setting(None, "File with a Jinja chat template, if not the tokenizer's own.")
 
     def __post_init__(self) -> None:
@@ -62,6 +67,7 @@ class ModelConfig:
         _one_of(self, "dtype", DTYPES)
         _one_of(self, "load_format", LOAD_FORMATS)
         _one_of(self, "generation_config", ("auto", "fairlead"))
+        _one_of(self, "structured_outputs_backend", ("auto", "llguidance", "xgrammar"))
         _at_least(self, "max_model_len", 2, optional=True)
         if self.quantization is not None:
             raise ConfigError(f"quantization {self.quantization!r} is not available yet; leave it out")

@@ -8,6 +8,7 @@ from fairlead.errors import ContextLengthError, RequestError
 from fairlead.sampling_params import MAX_LOGPROBS as MAX_LOGPROBS
 from fairlead.sampling_params import MAX_N as MAX_N
 from fairlead.sampling_params import SamplingParams as SamplingParams
+from fairlead.sampling_params import StructuredOutputParams as StructuredOutputParams
 
 
 class FinishReason(StrEnum):

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from fairlead.errors import RequestError
+from fairlead.sampling.structured.params import StructuredOutputParams as StructuredOutputParams
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -79,6 +80,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     logits_processors: tuple[object, ...] = ()
+    structured_outputs: StructuredOutputParams | None = None
     use_beam_search: bool = False
     length_penalty: float = 1.0
     early_stopping: bool | str = False
@@ -132,6 +134,9 @@ class SamplingParams:
         for processor in self.logits_processors:
             ok = callable(processor) or (isinstance(processor, str) and processor != "")
             _check(ok, "logits_processors", processor, "names of entry points, or callables")
+        spec = self.structured_outputs
+        ok = spec is None or isinstance(spec, StructuredOutputParams)
+        _check(ok, "structured_outputs", spec, "a StructuredOutputParams")
         self._check_beams()
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids without it", param="stop")
@@ -175,6 +180,8 @@ class SamplingParams:
             _check(self.length_penalty == 1, "length_penalty", self.length_penalty, "1 without use_beam_search")
             return
         _check(self.temperature == 0, "temperature", self.temperature, "0 with use_beam_search")
+        spec = self.structured_outputs
+        _check(spec is None, "structured_outputs", spec, "left out with use_beam_search")
         _check(self.stop == (), "stop", self.stop, "empty with use_beam_search; use stop_token_ids")
         want = f"at most {MAX_BEAM_STOP_TOKENS} with use_beam_search"
         _check(len(self.stop_token_ids) <= MAX_BEAM_STOP_TOKENS, "stop_token_ids", len(self.stop_token_ids), want)

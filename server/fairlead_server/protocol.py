@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fairlead.errors import RequestError
 from fairlead.request import MAX_LOGPROBS, SamplingParams
+from fairlead_server.structured import structured_outputs
 from fairlead_server.unsupported import refuse_unsupported
 
 MAX_PROMPTS = 1024
@@ -128,6 +129,7 @@ class GenerationBody(_Body):
     ) -> SamplingParams:
         """The request's own values over the defaults. Raises RequestError on one that is out of range."""
         given: dict[str, Any] = {name: v for name in _SAMPLING_FIELDS if (v := getattr(self, name)) is not None}
+        given["structured_outputs"] = structured_outputs(self.model_extra or {})
         return replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 

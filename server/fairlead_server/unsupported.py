@@ -10,12 +10,7 @@ from fairlead.errors import RequestError
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
     "tools": (),
     "tool_choice": ("none",),
     "functions": (),

@@ -77,6 +77,9 @@ class FakeEngine:
         self._running = [r for r in self._running if (r.request.request_id, r.index) not in ended]
         return deltas
 
+    def take_rejected(self) -> list[tuple[str, errors.RequestError]]:
+        return []
+
     def _advance(self, running: Running) -> SequenceDelta:
         prompt, params = running.request.prompt_token_ids, running.request.params
         start = 40 if prompt[0] == NAN else 1  # trouble comes after the first token, in a stream well after it

@@ -28,7 +28,11 @@ def build(config: EngineConfig) -> BuiltEngine:
     else:
         loader.load_weights(model, found.checkpoint, found.platform.allocator)
     runner = ModelRunner(
-        model, found.backends, block_size=found.settings.block_size, device=found.platform.torch_device
+        model,
+        found.backends,
+        block_size=found.settings.block_size,
+        device=found.platform.torch_device,
+        apply_token_bitmask=found.context.ops.apply_token_bitmask,
     )
     runner.allocate_cache([group.num_blocks for group in found.cache_groups])
     return BuiltEngine(plan=found, runner=runner)

@@ -1,14 +1,22 @@
 """The engine: one loop over scheduler and model runner."""
 
 import random
+from dataclasses import replace
 
 from fairlead import plugins
+from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig
 from fairlead.engine.beam_search import BeamSearches
 from fairlead.engine.builder import build
+from fairlead.errors import RequestError
 from fairlead.request import EngineInfo, EngineStats, Request, SequenceDelta
+from fairlead.sampling.structured.backend import Vocabulary, backend_names
+from fairlead.sampling.structured.compiler import Compiler
+from fairlead.sampling.structured.params import StructuredOutputParams, spec_error
+from fairlead.sampling.structured.policy import StructuredOutputs
 from fairlead.scheduling.block_manager import BlockManager
 from fairlead.scheduling.scheduler import Scheduler
+from fairlead.tokenization.tokenizer import load_tokenizer
 
 
 class EngineCore:
@@ -35,47 +43,86 @@ class EngineCore:
         )
         self._beams = BeamSearches(self.scheduler)
         self._seeds = random.Random(config.model.seed)
+        self._grammar_backends = backend_names(config.model.structured_outputs_backend)
+        self._has_tokenizer = not config.model.skip_tokenizer_init
+        compiler = Compiler(self._grammar_backends, lambda: _vocabulary(config, plan.checkpoint, self.info.vocab_size))
+        self._structured = StructuredOutputs(compiler, self.scheduler, max_admitted=2 * settings.max_num_seqs)
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._structured.num_held > 0
 
     def add_request(self, request: Request) -> None:
-        """Queues a request. Raises RequestError if it can never run, ValueError if its id is in use."""
+        """Queues a request. Raises RequestError if it can never run, ValueError if its id is in use.
+
+        A request with structured outputs waits until its grammar is compiled; if that fails, `take_rejected` tells.
+        """
         info = self.info
         request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)
+        if self._structured.holds(request.request_id):
+            raise ValueError(f"request id {request.request_id!r} is in use")
         for processor in request.params.logits_processors:
             if isinstance(processor, str):
                 plugins.load_logits_processor(processor)
         seed = request.params.seed
-        add = self._beams.add if request.params.use_beam_search else self.scheduler.add
-        add(request, self._seeds.getrandbits(64) if seed is None else seed % 2**64)
+        seed = self._seeds.getrandbits(64) if seed is None else seed % 2**64
+        if request.params.structured_outputs is not None:
+            self._check_structured()
+            self._structured.submit(request, seed)
+        elif request.params.use_beam_search:
+            self._beams.add(request, seed)
+        else:
+            self.scheduler.add(request, seed)
+
+    def prepare_structured(self) -> None:
+        """Starts, in the background, what a first structured output would wait for; for servers."""
+        self._structured.compiler.warm_up()
+
+    def check_structured(self, spec: StructuredOutputParams) -> None:
+        """Waits, some seconds at most, until it is known that the grammar compiles. Raises RequestError if not."""
+        self._check_structured()
+        self._structured.compiler.check(spec)
+
+    def take_rejected(self) -> list[tuple[str, RequestError]]:
+        """Requests that were queued and turned out never to run, with the reason; each is told once."""
+        return self._structured.take_rejected()
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request (or one of its sequences) without a delta; does nothing if it is over."""
         self.scheduler.abort(request_id, index)
         if index is None:
             self._beams.abort(request_id)
+        self._structured.abort(request_id)
 
     def step(self) -> list[SequenceDelta]:
         """Runs one step; returns what it added to each sequence. Call only while `has_work`.
 
         If the platform raises, every request is ended, the cache is forgotten, and the error goes on.
         """
+        for request, seed in self._structured.admit():
+            self.scheduler.add(request, seed)
+        if not self.scheduler.has_work:
+            self._structured.wait()
+            return []
         batch = self.scheduler.schedule()
         try:
-            result = self._runner.execute(batch)
+            bitmask = self._structured.begin(batch)
+            result = self._runner.execute(batch, bitmask)
+            sampled = result.sampled if bitmask is None else self._structured.advance(bitmask, result.sampled)
         except BaseException:  # Ctrl-C too: no request may stay behind half computed
             self.scheduler.abort_all()
             self._beams.clear()
+            self._structured.abort_all()
             raise
-        deltas = self.scheduler.update(batch, result.sampled, result.prompt_logprobs)
+        deltas = self.scheduler.update(batch, sampled, result.prompt_logprobs)
+        self._structured.forget(deltas)
         return self._beams.take(deltas) if self._beams else deltas
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""
-        return self.scheduler.stats()
+        stats = self.scheduler.stats()
+        return replace(stats, num_requests_waiting=stats.num_requests_waiting + self._structured.num_held)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; requests that run keep their blocks. Always True."""
@@ -86,4 +133,16 @@ class EngineCore:
         """Ends every request and lets go of the model and its cache."""
         self.scheduler.abort_all()
         self._beams.clear()
+        self._structured.close()
         del self._runner
+
+    def _check_structured(self) -> None:
+        if not self._has_tokenizer:
+            raise spec_error("the model was loaded without a tokenizer, so no grammar can be compiled")
+        if not self._grammar_backends:
+            raise spec_error("no grammar library is installed; pip install llguidance")
+
+
+def _vocabulary(config: EngineConfig, checkpoint: Checkpoint, vocab_size: int) -> Vocabulary:
+    tokenizer = load_tokenizer(config.model.tokenizer or checkpoint.directory, revision=config.model.revision)
+    return Vocabulary.of(tokenizer, vocab_size, (*checkpoint.eos_token_ids, *tokenizer.eos_token_ids))

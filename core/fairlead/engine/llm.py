@@ -142,6 +142,8 @@ class LLM:
         if not isinstance(token_ids, (list, tuple)) or not all(type(i) is int for i in token_ids):
             raise RequestError(f"token ids must be a list of integers, got {token_ids!r:.100}", param="prompt")
         request = self.front_end.request(str(next(self._ids)), token_ids, params, self.info)
+        if params.structured_outputs is not None:
+            self.engine.check_structured(params.structured_outputs)
         return request, text
 
     def _run(self, requests: list[tuple[Request, str | None]], *, use_tqdm: bool) -> list[RequestOutput]:
@@ -194,7 +196,10 @@ class LLM:
 
     def _step(self) -> None:
         """One step for all that is in flight: whoever steps leaves the others' outputs in `_latest`."""
-        processed = self._outputs.process(self.engine.step(), only_finished=self._num_streams == 0)
+        deltas = self.engine.step()
+        for _, error in self.engine.take_rejected():
+            raise error
+        processed = self._outputs.process(deltas, only_finished=self._num_streams == 0)
         for request_id, index in processed.finish:
             self.engine.abort(request_id, index)
         self._latest.update((output.request_id, output) for output in processed.outputs)

@@ -1,5 +1,6 @@
 """Runs one step on one platform: the only place where model, cache, attention backends and sampler meet."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import cast
 
@@ -12,6 +13,7 @@ from fairlead.models.registry import CausalLM
 from fairlead.request import TokenLogprobs
 from fairlead.sampling.logprobs import token_logprobs
 from fairlead.sampling.sampler import SamplingBatch, sample
+from fairlead.sampling.structured.policy import PendingBitmask, TokenBitmask
 from fairlead.scheduling.batch import SampledToken, ScheduledBatch, StepResult
 
 _MAX_ROWS = 256  # of prompt log-probabilities at a time
@@ -24,20 +26,30 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: torch.nn.Module, backends: Seq[AttentionBackend], *, block_size: int, device: torch.device
+        self,
+        model: torch.nn.Module,
+        backends: Seq[AttentionBackend],
+        *,
+        block_size: int,
+        device: torch.device,
+        apply_token_bitmask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> None:
         self.model = cast(CausalLM, model)
         self.backends = tuple(backends)
         self.kv_caches: list[list[KVCache]] = []
         self._block_size, self._device = block_size, device
+        self._apply_token_bitmask = apply_token_bitmask
 
     def allocate_cache(self, num_blocks: Seq[int]) -> None:
         """Allocates the KV cache, so many blocks per group; freed with the runner."""
         self.kv_caches = [b.allocate(n) for b, n in zip(self.backends, num_blocks, strict=True)]
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepResult:
-        """Computes a step. Fills the cache as a side effect."""
+    def execute(self, batch: ScheduledBatch, bitmask: PendingBitmask | None = None) -> StepResult:
+        """Computes a step. Fills the cache as a side effect.
+
+        `bitmask` is what the rows with a grammar may sample; it is waited for once the model has run.
+        """
         inputs = build_input(batch, self._block_size, self._device)
         for group, source, destination in batch.block_copies:
             self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
@@ -47,7 +59,9 @@ class ModelRunner:
         samplers = [c for c in batch.chunks if c.sample_seed is not None]
         sampled: list[SampledToken] = []
         if samplers:
-            sampled = sample(self.model.logits(hidden_TE[inputs.sample_rows_R]), SamplingBatch.of(samplers))
+            logits_RV = self.model.logits(hidden_TE[inputs.sample_rows_R])
+            allowed_RV = None if bitmask is None else self._masked(logits_RV, bitmask.wait())
+            sampled = sample(logits_RV, SamplingBatch.of(samplers), allowed_RV)
         return StepResult(sampled=sampled, prompt_logprobs=self._prompt_logprobs(batch, hidden_TE))
 
     def _prompt_logprobs(self, batch: ScheduledBatch, hidden_TE: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
@@ -66,3 +80,12 @@ class ModelRunner:
                     rows += token_logprobs(logprobs_RV, targets_R, [wanted] * len(targets_R))
             first_row += len(chunk.token_ids)
         return found
+
+    def _masked(self, logits_RV: torch.Tensor, bitmask: TokenBitmask) -> torch.Tensor:
+        words = torch.from_numpy(bitmask.words_RW).to(self._device)
+        if len(bitmask.rows_R) == len(logits_RV):
+            return self._apply_token_bitmask(logits_RV, words)
+        rows = torch.from_numpy(bitmask.rows_R).to(self._device)
+        masked_RV = logits_RV.clone()
+        masked_RV[rows] = self._apply_token_bitmask(logits_RV[rows], words)
+        return masked_RV

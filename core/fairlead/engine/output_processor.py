@@ -191,8 +191,9 @@ class OutputProcessor:
             sequence.logprobs += map(self._logprobs, delta.logprobs)
         if sequence.detokenizer is not None:
             visible = delta.token_ids
-            # The engine stops at tokens only, so the last one is what stopped it. Like a stop string, it is no text.
-            if delta.finish_reason is FinishReason.STOP and not state.request.params.include_stop_str_in_output:
+            # The token that stopped it is, like a stop string, no text; the one that completes a grammar is.
+            stopped = delta.finish_reason is FinishReason.STOP and not _completes_grammar(state.request, delta)
+            if stopped and not state.request.params.include_stop_str_in_output:
                 visible = visible[:-1]
             sequence.detokenizer.push(visible)
             sequence.end_at_stop_string()
@@ -208,3 +209,9 @@ class OutputProcessor:
                 text = None if self._tokenizer is None else self._tokenizer.token_text(token_id)
                 entries[token_id] = Logprob(logprob=logprob, rank=rank, decoded_token=text)
         return entries
+
+
+def _completes_grammar(request: Request, delta: SequenceDelta) -> bool:
+    """Whether the last token stopped the sequence because its grammar allows no other, rather than by what it is."""
+    is_stop_token = delta.stop_reason is not None or delta.token_ids[-1] in request.eos_token_ids
+    return request.params.structured_outputs is not None and not is_stop_token

@@ -56,6 +56,8 @@ class Engine(Protocol):
 
     def step(self) -> list[SequenceDelta]: ...
 
+    def take_rejected(self) -> list[tuple[str, RequestError]]: ...
+
     def stats(self) -> EngineStats: ...
 
     def close(self) -> None: ...
@@ -100,6 +102,8 @@ def serve(engine: Engine, channel: Channel) -> None:
         if engine.has_work:
             deltas = engine.step()
             channel.send(Step(deltas, engine.stats()))
+            for request_id, error in engine.take_rejected():
+                channel.send(_rejected(request_id, error))
         else:
             channel.send(Heartbeat(engine.stats()))
 
@@ -111,7 +115,11 @@ def _apply(message: Add | Abort, engine: Engine, channel: Channel) -> None:
     try:
         engine.add_request(message.request)
     except RequestError as error:
-        channel.send(Rejected(message.request.request_id, type(error).__name__, str(error), error.param))
+        channel.send(_rejected(message.request.request_id, error))
+
+
+def _rejected(request_id: str, error: RequestError) -> Rejected:
+    return Rejected(request_id, type(error).__name__, str(error), error.param)
 
 
 def run(startup: Startup, load: Callable[[EngineConfig], Engine]) -> int:
@@ -159,7 +167,9 @@ def _end_with_parent(socket_dir: Path) -> None:
 def _load(config: EngineConfig) -> Engine:
     from fairlead.engine.engine import EngineCore  # imports torch; in here, so that an import error is reported too
 
-    return EngineCore(config)
+    engine = EngineCore(config)
+    engine.prepare_structured()
+    return engine
 
 
 if __name__ == "__main__":

@@ -142,6 +142,16 @@ def route_tokens(
     return weights_TR * spec.scale, experts_TR
 
 
+def apply_token_bitmask(logits_SV: torch.Tensor, bitmask_SW: torch.Tensor) -> torch.Tensor:
+    """The logits, with -inf for tokens that are not allowed: (S, V). Bit i % 32 of the int32 word i // 32 is token i.
+
+    There may be more words (W of them) than V needs; the bits beyond V say nothing.
+    """
+    shifts = torch.arange(32, dtype=torch.int32, device=bitmask_SW.device)
+    is_allowed_SV = (bitmask_SW.unsqueeze(-1) >> shifts & 1).flatten(1)[:, : logits_SV.shape[1]].bool()
+    return logits_SV.masked_fill(~is_allowed_SV, -torch.inf)
+
+
 def kv_cache_write(x_TKD: torch.Tensor, cache: torch.Tensor, slot_mapping_T: torch.Tensor) -> None:
     """Stores row t in slot `slot_mapping_T[t]` (int64) of a cache of shape (slots, K, D), in place."""
     cache[slot_mapping_T] = x_TKD.to(cache.dtype)

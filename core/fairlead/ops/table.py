@@ -31,6 +31,7 @@ class Ops:
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor], Tensor]
     moe: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, MoeSpec], Tensor]
+    apply_token_bitmask: Callable[[Tensor, Tensor], Tensor]
 
 
 OP_NAMES = tuple(f.name for f in fields(Ops))

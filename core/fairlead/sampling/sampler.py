@@ -99,16 +99,17 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
+def sample(logits_SV: torch.Tensor, batch: SamplingBatch, allowed_SV: torch.Tensor | None = None) -> list[SampledToken]:
     """Draws a token for every row; a row whose best logit is not finite (NaN anywhere, +inf, or all -inf) gets
     token_id None and leaves the others as they are.
 
     Greedy rows take the first of the largest logits. The others: temperature, then top_k, top_p and min_p, each on
     the distribution that the one before left, renormalised (the order of transformers), all of it on the edited logits.
     Log-probabilities are those of the unchanged ones. Of a beam, it is the log-probabilities that are edited, as
-    transformers does, and these that are returned.
+    transformers does, and these that are returned. `allowed_SV` are the logits with -inf where a grammar forbids a
+    token; the edits start from them.
     """
-    edited_SV = logits_SV
+    edited_SV = logits_SV if allowed_SV is None else allowed_SV
     if batch.beams:
         edited_SV = logits_SV.clone()
         edited_SV[batch.beams] = edited_SV[batch.beams].log_softmax(-1)
@@ -123,7 +124,7 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> list[SampledToken]:
             logits_RV = edited_SV if len(rows_R) == len(edited_SV) else edited_SV[rows_R]
             tokens_S[rows_R] = draw(_probs(logits_RV, best_S[rows_R], drawn), drawn)
     is_bad_S = ~best_S.isfinite()
-    if batch.edits is not None:
+    if edited_SV is not logits_SV:
         is_nan_S = ~logits_SV.amax(dim=-1).isfinite()
         masked = zip((is_bad_S & ~is_nan_S).tolist(), is_nan_S.tolist(), strict=True)
         errors = {

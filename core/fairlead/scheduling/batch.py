@@ -72,11 +72,12 @@ class ScheduledBatch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampledToken:
     """The sampler's answer for one chunk. `token_id` is None where there is none: `error` says why, and None there
-    that the logits held NaN."""
+    that the logits held NaN. `ends_sequence` is set where the token completes a grammar that nothing can follow."""
 
     token_id: int | None
     logprobs: TokenLogprobs | None = None
     error: str | None = None
+    ends_sequence: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

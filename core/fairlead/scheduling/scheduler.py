@@ -83,6 +83,14 @@ class Scheduler:
         self._live[seq.seq_id] = seq
         self.waiting.append(seq)
 
+    def find_sequence(self, seq_id: int) -> Sequence | None:
+        """The sequence of a chunk, if it has not ended."""
+        return self._live.get(seq_id)
+
+    def has_request(self, request_id: str) -> bool:
+        """Whether a request has sequences that have not ended."""
+        return request_id in self._requests
+
     def schedule(self) -> ScheduledBatch:
         """Picks the next step: first the running sequences, then, memory and budget permitting, waiting ones."""
         step = _Step(budget=self.max_num_batched_tokens)
@@ -255,7 +263,7 @@ class Scheduler:
         bisect.insort(self.running, seq, key=lambda s: s.seq_id)
 
     def _append(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
-        if token.token_id is None and token.error is not None:
+        if token.error is not None:
             return self._finish(seq, FinishReason.ERROR, error=token.error)
         if token.token_id is None:
             self._num_nan += 1
@@ -271,6 +279,8 @@ class Scheduler:
             reason = FinishReason.STOP
         elif token.token_id in params.stop_token_ids:
             reason, stop_reason = FinishReason.STOP, token.token_id
+        elif token.ends_sequence:
+            reason = FinishReason.STOP
         elif seq.num_output_tokens == params.max_tokens or seq.num_tokens == self.max_model_len:
             reason = FinishReason.LENGTH
         if reason is None:

@@ -198,7 +198,7 @@ def test_an_aborted_search_leaves_nothing(llm: LLM) -> None:
 
 
 def test_a_failing_step_ends_searches_too(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(batch: object) -> None:
+    def fail(batch: object, bitmask: object) -> None:
         raise OSError("gone")
 
     with monkeypatch.context() as patch:
