@@ -14,6 +14,7 @@ MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
+MAX_BAD_WORD_CHARS = 256  # they are tokenised on the server's event loop
 MAX_BEAM_STOP_TOKENS = 16  # a step looks at 1 + as many candidates per beam
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -117,6 +118,13 @@ class SamplingParams:
             _check(len(texts) <= most, name, len(texts), f"at most {most} strings")
             for text in texts:
                 _check(isinstance(text, str) and text != "", name, text, "strings that are not empty")
+        for word in self.bad_words:
+            _check(
+                len(word) <= MAX_BAD_WORD_CHARS,
+                "bad_words",
+                word,
+                f"strings of at most {MAX_BAD_WORD_CHARS} characters",
+            )
         self._check_token_ids()
         if self.max_tokens is not None:
             _check(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")

@@ -110,6 +110,7 @@ OUT_OF_RANGE: list[dict[str, Any]] = [
     {"allowed_token_ids": (1.0,)},
     {"allowed_token_ids": "12"},
     {"bad_words": ("",)},
+    {"bad_words": ("x" * 257,)},
     {"bad_words": (3,)},
     {"bad_words": "word"},
     {"bad_words": ("x",) * 1025},
