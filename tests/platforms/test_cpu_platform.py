@@ -42,7 +42,8 @@ def test_probe_finds_the_host() -> None:
 
 
 def test_registration_and_probe_import_no_torch() -> None:
-    code = "import sys; from fairlead_cpu import plugin as p; p.fairlead_platforms()[0].probe(); print('torch' in sys.modules)"
+    probe = "from fairlead_cpu import plugin as p; p.fairlead_platforms()[0].probe()"
+    code = f"import sys; {probe}; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert run.stdout.strip() == "False"
 

@@ -23,7 +23,7 @@ def chunk(seed: int = 0, position: int = 0, **params: Any) -> ScheduledChunk:
         seq_id=0,
         token_ids=(1,),
         start=0,
-        block_table=(0,),
+        block_tables=((0, (0,)),),
         params=SamplingParams(**params),
         sample_seed=seed,
         position=position,
