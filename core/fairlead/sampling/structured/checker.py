@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -68,8 +69,14 @@ class Checker:
         finally:
             self._lock.release()
 
+    def kill(self) -> None:
+        """Ends the worker from another thread: the check that runs fails at once."""
+        process = self._process
+        if process is not None:
+            _kill(process)
+
     def close(self) -> None:
-        """Ends the worker."""
+        """Ends the worker; not while a check runs."""
         if self._finalizer is not None:
             self._finalizer()
         self._process = self._finalizer = None
@@ -121,8 +128,14 @@ def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
         view = view[os.write(process.stdin.fileno(), view) :]
 
 
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its fork, too
+
+
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
+    if process.returncode is None:
+        _kill(process)
     process.wait()
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None

@@ -117,8 +117,9 @@ class Compiler:
             self._checker.cancel()
 
     def close(self) -> None:
-        """Ends the worker."""
-        self.cancel()
+        """Ends the worker, and with it a check that another thread waits for."""
+        if self._checker is not None:
+            self._checker.kill()
         with self._turn:
             if self._checker is not None:
                 self._checker.close()

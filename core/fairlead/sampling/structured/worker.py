@@ -87,7 +87,8 @@ class Worker:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            os.close(reader)
+            for descriptor in (reader, self._source, self._target):  # else it would hold the worker's pipes open
+                os.close(descriptor)
             _compile_and_exit(backend, message["kind"], message["text"], writer)
         os.close(writer)
         try:

@@ -117,6 +117,16 @@ def test_a_check_can_be_cancelled(vocabulary: Vocabulary) -> None:
     checker.close()
 
 
+def test_closing_does_not_wait_for_a_check(compiler: Compiler) -> None:
+    compiler.compile(StructuredOutputParams(regex="a"))
+    queue = CompileQueue(compiler)
+    queue.put("x", StructuredOutputParams(regex="(((a{1000}){1000}){1000}){1000}b"))
+    time.sleep(0.2)
+    started = time.monotonic()
+    queue.close()
+    assert time.monotonic() - started < 1
+
+
 def test_a_worker_ends_with_its_engine(vocabulary: Vocabulary) -> None:
     checker = Checker(vocabulary)
     checker.check("llguidance", "regex", "a")
