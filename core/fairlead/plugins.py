@@ -8,7 +8,7 @@ reason. Only the chosen platform is created.
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +104,8 @@ def _register(entry_point: importlib.metadata.EntryPoint) -> Iterable[PlatformSp
             raise PluginContractError(
                 plugin=entry_point.name,
                 hook="fairlead_platforms",
-                expected="PlatformSpec (name: text, priority: integer, probe and create: callable)",
+                expected="PlatformSpec (name: text, priority: integer, probe and create: callable, environment: "
+                "texts by name)",
                 got=repr(spec)[:200],
             )
     return list(results[0])
@@ -167,6 +168,8 @@ def _is_well_formed(spec: object) -> bool:
         and isinstance(spec.priority, int)
         and callable(spec.probe)
         and callable(spec.create)
+        and isinstance(spec.environment, Mapping)
+        and all(isinstance(text, str) for item in spec.environment.items() for text in item)
     )
 
 
@@ -309,6 +312,14 @@ def _restriction() -> str:
     if permitted is None:
         return ""
     return f" ({ALLOWLIST_VARIABLE} permits only: {', '.join(sorted(permitted)) or 'none'})"
+
+
+def environment(config: PlatformConfig) -> Mapping[str, str]:
+    """What an engine's process should start with for the platform that it will choose; nothing if it will fail to."""
+    for record in discover():
+        if record.spec is not None and config.platform in (None, record.name):
+            return record.spec.environment
+    return {}
 
 
 def create(record: PlatformRecord, device: Device) -> Platform:

@@ -170,6 +170,8 @@ def test_a_good_plugin_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
         ([spec(name="")], "name: text"),
         ([spec(probe=None)], "probe and create: callable"),
         ([spec(create=None)], "probe and create: callable"),
+        ([spec(environment=None)], "environment: texts by name"),
+        ([spec(environment={"N": 1})], "environment: texts by name"),
         (ValueError("no good"), "ValueError: no good"),
         (SystemExit(3), "SystemExit: 3"),
     ],
@@ -181,6 +183,21 @@ def test_a_hook_that_breaks_the_contract_is_listed(
     assert (found.name, found.status, found.spec, found.devices) == ("made_up", "broken", None, ())
     assert found.reason is not None
     assert reason in found.reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [(None, {"N": "best"}), ("best", {"N": "best"}), ("plain", {}), ("broken", {}), ("z", {})]
+)
+def test_the_environment_is_that_of_the_platform_to_be_chosen(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: dict[str, str]
+) -> None:
+    records = [
+        record("broken", "broken"),
+        record("best", spec=spec(environment={"N": "best"})),
+        record("plain", spec=spec()),
+    ]
+    monkeypatch.setattr(plugins, "discover", lambda: records)
+    assert plugins.environment(PlatformConfig(platform=asked)) == expected
 
 
 @pytest.mark.parametrize("answer", [None, (), "", [DEVICE], ("x:0",), 1])

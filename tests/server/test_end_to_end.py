@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -170,6 +171,7 @@ def test_sigterm_finishes_what_runs_and_leaves_no_child(
     url = server.wait_for_url(START_S)
     engine = server.engine_pids()
     assert len(engine) == 1
+    assert b"GOMP_SPINCOUNT=" in Path(f"/proc/{min(engine)}/environ").read_bytes()  # what the platform asks for
     assert httpx.get(f"{url}/health").status_code == 200
     body = {"prompt": "ROMEO:", "max_tokens": 60, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:

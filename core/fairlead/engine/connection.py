@@ -2,18 +2,20 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import zmq
 import zmq.asyncio
 
+from fairlead import plugins
 from fairlead.config import EngineConfig
 from fairlead.engine.messages import FromEngine, Startup, ToEngine, decode_from_engine, encode
 from fairlead.engine.process import LENGTH_BYTES
@@ -41,7 +43,7 @@ class EngineConnection:
             startup = Startup(
                 config, self._bind(self._requests, "requests.sock"), self._bind(self._events, "events.sock")
             )
-            self._process = self._spawn(encode(startup))
+            self._process = self._spawn(encode(startup), plugins.environment(config.platform))
         except BaseException:
             self._close_sockets()
             raise
@@ -56,9 +58,10 @@ class EngineConnection:
         path.chmod(0o600)
         return str(path)
 
-    def _spawn(self, startup: bytes) -> "subprocess.Popen[bytes]":
+    def _spawn(self, startup: bytes, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
             COMMAND,
+            env={**environment, **os.environ},
             stdin=subprocess.PIPE,
             stdout=sys.__stderr__,  # results alone go to standard output
             start_new_session=True,  # a terminal's Ctrl-C reaches the parent alone

@@ -1,7 +1,7 @@
 """The records that a platform hands to the core: frozen data, no torch."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ class PlatformSpec:
     `probe()` returns the usable devices, best first, or one sentence that says why there are none.
     `create(device)` may import the world; it returns the Platform of that device.
     Of the available platforms the one of the highest `priority` is taken; the CPU has 0.
+    `environment` are variables that an engine's process starts with, where the user has not set them: for libraries
+    that read theirs when they are loaded, before `create` could say anything. (An LLM in the user's own process is
+    left as it is.)
     """
 
     name: str
@@ -38,6 +41,7 @@ class PlatformSpec:
     priority: int
     probe: Callable[[], tuple[Device, ...] | str]
     create: Callable[[Device], "Platform"]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
