@@ -7,6 +7,7 @@ Shapes: T packed tokens, H query heads, K kv-heads, D head size, E model width.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -172,3 +173,20 @@ class Decoder(torch.nn.Module):
             x_TE, residual_TE = layer(x_TE, residual_TE, positions_T, step)
         assert residual_TE is not None
         return self.norm.add(x_TE, residual_TE)[0]
+
+
+class HeadedModel(torch.nn.Module):
+    """A decoder and its output head, which stand under the checkpoint's names for them: `body` and `head`."""
+
+    body: ClassVar[str] = "model"
+    head: ClassVar[str] = "lm_head"
+
+    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
+        hidden_TE: torch.Tensor = self.get_submodule(self.body)(token_ids_T, positions_T, step)
+        return hidden_TE
+
+    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
+        """Logits (S, V) in float32 of chosen hidden states."""
+        logits_SV: torch.Tensor = self.get_submodule(self.head)(hidden_SE)
+        return logits_SV

@@ -11,6 +11,7 @@ import torch
 
 from fairlead.layers.alibi import alibi_slopes
 from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import swiglu
 from fairlead.layers.linear import Linear, MergedLinear
@@ -76,7 +77,7 @@ class NormHead(OutputHead):
         return super().forward(hidden_SE) / self._lengths_V
 
 
-class BaichuanForCausalLM(torch.nn.Module):
+class BaichuanForCausalLM(HeadedModel):
     """The whole model; parameter names are the checkpoint's."""
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> None:
@@ -98,13 +99,3 @@ class BaichuanForCausalLM(torch.nn.Module):
             "has_rotary_positions": "max_position_embeddings" in config,
             **config,
         }
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TE: torch.Tensor = self.model(token_ids_T, positions_T, step)
-        return hidden_TE
-
-    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.lm_head(hidden_SE)
-        return logits_SV

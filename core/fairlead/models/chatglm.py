@@ -17,12 +17,12 @@ from fairlead.layers.linear import Linear
 from fairlead.layers.norm import LayerNorm, RMSNorm
 from fairlead.layers.rotary import Rotary
 from fairlead.layers.self_attention import SelfAttention, side_by_side
-from fairlead.models.config import ModelShape, positive_int, refuse, renamed
+from fairlead.models.config import ModelShape, positive_int, positive_number, refuse, renamed
 
 
 def _norm(config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> torch.nn.Module:
     kind = RMSNorm if config.get("rmsnorm", True) else LayerNorm
-    return kind(shape.hidden_size, float(config.get("layernorm_epsilon", 1e-5)), ctx)
+    return kind(shape.hidden_size, positive_number(config, "layernorm_epsilon", 1e-5), ctx)
 
 
 class ChatGLMLayer(torch.nn.Module):
@@ -58,7 +58,7 @@ class ChatGLMEncoder(torch.nn.Module):
         super().__init__()
         params = {
             "rope_type": "default",
-            "rope_theta": 10000.0 * float(config.get("rope_ratio") or 1.0),
+            "rope_theta": 10000.0 * positive_number(config, "rope_ratio", 1.0),
             "partial_rotary_factor": 0.5,
         }
         rotary = Rotary(shape.head_size, params, ctx, interleaved=True)

@@ -12,13 +12,14 @@ import torch
 from fairlead.errors import UnsupportedModelError
 from fairlead.layers.alibi import alibi_slopes
 from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Linear
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary, rope_params
 from fairlead.layers.self_attention import SelfAttention, by_kv_head
-from fairlead.models.config import ModelShape, positive_int, renamed
+from fairlead.models.config import ModelShape, positive_int, positive_number, renamed
 
 
 def falcon_slopes(shape: ModelShape) -> tuple[float, ...]:
@@ -37,7 +38,7 @@ class FalconLayer(torch.nn.Module):
         super().__init__()
         H, K, D, E = shape.num_heads, shape.num_kv_heads, shape.head_size, shape.hidden_size
         F, bias = positive_int(config, "ffn_hidden_size", 4 * E), bool(config.get("bias", False))
-        eps = float(config.get("layer_norm_epsilon", 1e-5))
+        eps = positive_number(config, "layer_norm_epsilon", 1e-5)
         self._norms = _norms(config)
         for name in self._norms:
             self.add_module(name, LayerNorm(E, eps, ctx))
@@ -87,7 +88,7 @@ class FalconModel(torch.nn.Module):
         rotary = None if config.get("alibi", False) else Rotary(shape.head_size, rope_params(config), ctx)
         self.word_embeddings = Embedding(shape.vocab_size, shape.hidden_size, ctx)
         self.h = torch.nn.ModuleList(FalconLayer(config, shape, rotary, ctx) for _ in range(shape.num_layers))
-        self.ln_f = LayerNorm(shape.hidden_size, float(config.get("layer_norm_epsilon", 1e-5)), ctx)
+        self.ln_f = LayerNorm(shape.hidden_size, positive_number(config, "layer_norm_epsilon", 1e-5), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE = self.word_embeddings(token_ids_T)
@@ -97,8 +98,10 @@ class FalconModel(torch.nn.Module):
         return out_TE
 
 
-class FalconForCausalLM(torch.nn.Module):
+class FalconForCausalLM(HeadedModel):
     """The whole model; parameter names are the checkpoint's."""
+
+    body = "transformer"
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> None:
         super().__init__()
@@ -125,13 +128,3 @@ class FalconForCausalLM(torch.nn.Module):
             multi_query = usual.get("multi_query", True)
             usual["num_key_value_heads"] = 1 if multi_query else usual.get("num_attention_heads")
         return usual
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TE: torch.Tensor = self.transformer(token_ids_T, positions_T, step)
-        return hidden_TE
-
-    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.lm_head(hidden_SE)
-        return logits_SV

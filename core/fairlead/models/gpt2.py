@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Conv1D
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.self_attention import SelfAttention, side_by_side
-from fairlead.models.config import ModelShape, positive_int, refuse, renamed
+from fairlead.models.config import ModelShape, positive_int, positive_number, refuse, renamed
 
 
 class GPT2Layer(torch.nn.Module):
@@ -24,7 +25,7 @@ class GPT2Layer(torch.nn.Module):
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, layer: int, ctx: BuildContext) -> None:
         super().__init__()
         E, F = shape.hidden_size, positive_int(config, "intermediate_size", 4 * shape.hidden_size)
-        eps = float(config.get("layer_norm_epsilon", 1e-5))
+        eps = positive_number(config, "layer_norm_epsilon", 1e-5)
         scale = shape.head_size**-0.5 if config.get("scale_attn_weights", True) else 1.0
         if config.get("scale_attn_by_inverse_layer_idx", False):
             scale /= layer + 1
@@ -54,7 +55,7 @@ class GPT2Model(torch.nn.Module):
         self.wte = Embedding(shape.vocab_size, shape.hidden_size, ctx)
         self.wpe = Embedding(shape.max_positions, shape.hidden_size, ctx)
         self.h = torch.nn.ModuleList(GPT2Layer(config, shape, i, ctx) for i in range(shape.num_layers))
-        self.ln_f = LayerNorm(shape.hidden_size, float(config.get("layer_norm_epsilon", 1e-5)), ctx)
+        self.ln_f = LayerNorm(shape.hidden_size, positive_number(config, "layer_norm_epsilon", 1e-5), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE = self.wte(token_ids_T) + self.wpe(positions_T)
@@ -64,8 +65,10 @@ class GPT2Model(torch.nn.Module):
         return out_TE
 
 
-class GPT2LMHeadModel(torch.nn.Module):
+class GPT2LMHeadModel(HeadedModel):
     """The whole model; parameter names are the checkpoint's."""
+
+    body = "transformer"
 
     optional_prefix = "transformer."
 
@@ -87,13 +90,3 @@ class GPT2LMHeadModel(torch.nn.Module):
             n_inner="intermediate_size",
             n_positions="max_position_embeddings",
         )
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TE: torch.Tensor = self.transformer(token_ids_T, positions_T, step)
-        return hidden_TE
-
-    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.lm_head(hidden_SE)
-        return logits_SV

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Linear
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary, rope_params
 from fairlead.layers.self_attention import SelfAttention, by_kv_head
-from fairlead.models.config import ModelShape, positive_int, renamed
+from fairlead.models.config import ModelShape, positive_int, positive_number, renamed
 
 
 class GPTNeoXLayer(torch.nn.Module):
@@ -26,7 +27,7 @@ class GPTNeoXLayer(torch.nn.Module):
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, rotary: Rotary, ctx: BuildContext) -> None:
         super().__init__()
         E, F = shape.hidden_size, positive_int(config, "intermediate_size")
-        eps, bias = float(config.get("layer_norm_eps", 1e-5)), bool(config.get("attention_bias", True))
+        eps, bias = positive_number(config, "layer_norm_eps", 1e-5), bool(config.get("attention_bias", True))
         self._is_parallel = bool(config.get("use_parallel_residual", True))
         self.input_layernorm = LayerNorm(E, eps, ctx)
         self.post_attention_layernorm = LayerNorm(E, eps, ctx)
@@ -58,7 +59,7 @@ class GPTNeoXModel(torch.nn.Module):
         rotary = Rotary(shape.head_size, rope_params(config), ctx)
         self.embed_in = Embedding(shape.vocab_size, shape.hidden_size, ctx)
         self.layers = torch.nn.ModuleList(GPTNeoXLayer(config, shape, rotary, ctx) for _ in range(shape.num_layers))
-        self.final_layer_norm = LayerNorm(shape.hidden_size, float(config.get("layer_norm_eps", 1e-5)), ctx)
+        self.final_layer_norm = LayerNorm(shape.hidden_size, positive_number(config, "layer_norm_eps", 1e-5), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE = self.embed_in(token_ids_T)
@@ -68,8 +69,11 @@ class GPTNeoXModel(torch.nn.Module):
         return out_TE
 
 
-class GPTNeoXForCausalLM(torch.nn.Module):
+class GPTNeoXForCausalLM(HeadedModel):
     """The whole model; parameter names are the checkpoint's."""
+
+    body = "gpt_neox"
+    head = "embed_out"
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> None:
         super().__init__()
@@ -82,13 +86,3 @@ class GPTNeoXForCausalLM(torch.nn.Module):
         """The usual names of rotary_pct and rotary_emb_base, whose defaults are this family's own."""
         usual = renamed(config, rotary_pct="partial_rotary_factor", rotary_emb_base="rope_theta")
         return {"partial_rotary_factor": 0.25, **usual}
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TE: torch.Tensor = self.gpt_neox(token_ids_T, positions_T, step)
-        return hidden_TE
-
-    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.embed_out(hidden_SE)
-        return logits_SV

@@ -12,13 +12,14 @@ import torch
 
 from fairlead.errors import CheckpointError
 from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary
 from fairlead.layers.self_attention import SelfAttention, side_by_side
-from fairlead.models.config import ModelShape, positive_int, renamed
+from fairlead.models.config import ModelShape, positive_int, positive_number, renamed
 
 
 class GPTJLayer(torch.nn.Module):
@@ -27,7 +28,7 @@ class GPTJLayer(torch.nn.Module):
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, rotary: Rotary, ctx: BuildContext) -> None:
         super().__init__()
         E, F = shape.hidden_size, positive_int(config, "intermediate_size", 4 * shape.hidden_size)
-        self.ln_1 = LayerNorm(E, float(config.get("layer_norm_epsilon", 1e-5)), ctx)
+        self.ln_1 = LayerNorm(E, positive_number(config, "layer_norm_epsilon", 1e-5), ctx)
         self.attn = SelfAttention(
             shape,
             qkv=("qkv_proj", MergedLinear(E, (("q_proj", E), ("k_proj", E), ("v_proj", E)), ctx)),
@@ -61,7 +62,7 @@ class GPTJModel(torch.nn.Module):
         rotary = Rotary(shape.head_size, params, ctx, interleaved=True)
         self.wte = Embedding(shape.vocab_size, shape.hidden_size, ctx)
         self.h = torch.nn.ModuleList(GPTJLayer(config, shape, rotary, ctx) for _ in range(shape.num_layers))
-        self.ln_f = LayerNorm(shape.hidden_size, float(config.get("layer_norm_epsilon", 1e-5)), ctx)
+        self.ln_f = LayerNorm(shape.hidden_size, positive_number(config, "layer_norm_epsilon", 1e-5), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE = self.wte(token_ids_T)
@@ -71,8 +72,10 @@ class GPTJModel(torch.nn.Module):
         return out_TE
 
 
-class GPTJForCausalLM(torch.nn.Module):
+class GPTJForCausalLM(HeadedModel):
     """The whole model; parameter names are the checkpoint's."""
+
+    body = "transformer"
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> None:
         super().__init__()
@@ -92,13 +95,3 @@ class GPTJForCausalLM(torch.nn.Module):
             n_positions="max_position_embeddings",
         )
         return {"rotary_dim": 64, **usual}
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TE: torch.Tensor = self.transformer(token_ids_T, positions_T, step)
-        return hidden_TE
-
-    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.lm_head(hidden_SE)
-        return logits_SV

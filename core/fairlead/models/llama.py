@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from fairlead.layers.context import BuildContext, Step
-from fairlead.layers.decoder import AttentionOptions, Decoder, PreNormLayer, SelfAttention
+from fairlead.layers.context import BuildContext
+from fairlead.layers.decoder import AttentionOptions, Decoder, HeadedModel, PreNormLayer, SelfAttention
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.norm import Norm, RMSNorm
@@ -18,7 +18,7 @@ from fairlead.layers.rotary import Rotary, rope_params
 from fairlead.models.config import ModelShape, positive_int, positive_number
 
 
-class LlamaForCausalLM(torch.nn.Module):
+class LlamaForCausalLM(HeadedModel):
     """The whole model; parameter names are the checkpoint's.
 
     A family that differs from Llama overrides the methods that make the differing parts. `defaults` stand for what a
@@ -36,16 +36,6 @@ class LlamaForCausalLM(torch.nn.Module):
         layers = [self.layer(i) for i in range(shape.num_layers)]
         self.model = Decoder(self.embedding(), layers, self.norm(shape.hidden_size))
         self.lm_head = self.output_head(self.model.embed_tokens)
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TE: torch.Tensor = self.model(token_ids_T, positions_T, step)
-        return hidden_TE
-
-    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.lm_head(hidden_SE)
-        return logits_SV
 
     @classmethod
     def read_config(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:

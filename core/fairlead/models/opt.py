@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import activation
 from fairlead.layers.linear import Linear, MergedLinear
@@ -96,8 +97,10 @@ class OPTModel(torch.nn.Module):
         self.decoder = OPTDecoder(config, shape, ctx)
 
 
-class OPTForCausalLM(torch.nn.Module):
+class OPTForCausalLM(HeadedModel):
     """The whole model; parameter names are the checkpoint's."""
+
+    body = "model.decoder"
 
     optional_prefix = "model."
 
@@ -107,13 +110,3 @@ class OPTForCausalLM(torch.nn.Module):
         embedding = self.model.decoder.embed_tokens
         tied = embedding if config.get("tie_word_embeddings", True) else None
         self.lm_head = OutputHead(shape.vocab_size, embedding.weight.shape[1], ctx, tied_to=tied)
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, W) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TW: torch.Tensor = self.model.decoder(token_ids_T, positions_T, step)
-        return hidden_TW
-
-    def logits(self, hidden_SW: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.lm_head(hidden_SW)
-        return logits_SV

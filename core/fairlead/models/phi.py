@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from fairlead.layers.context import BuildContext, Step
+from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary, rope_params
 from fairlead.layers.self_attention import SelfAttention, side_by_side
-from fairlead.models.config import ModelShape, positive_int, refuse
+from fairlead.models.config import ModelShape, positive_int, positive_number, refuse
 
 
 class PhiLayer(torch.nn.Module):
@@ -28,7 +29,7 @@ class PhiLayer(torch.nn.Module):
         H, K, D, E = shape.num_heads, shape.num_kv_heads, shape.head_size, shape.hidden_size
         F = positive_int(config, "intermediate_size", 4 * E)
         parts = (("q_proj", H * D), ("k_proj", K * D), ("v_proj", K * D))
-        self.input_layernorm = LayerNorm(E, float(config.get("layer_norm_eps", 1e-5)), ctx)
+        self.input_layernorm = LayerNorm(E, positive_number(config, "layer_norm_eps", 1e-5), ctx)
         self.self_attn = SelfAttention(
             shape,
             qkv=("qkv_proj", MergedLinear(E, parts, ctx, bias=True)),
@@ -54,7 +55,7 @@ class PhiModel(torch.nn.Module):
         rotary = Rotary(shape.head_size, rope_params({"partial_rotary_factor": 0.5, **config}), ctx)
         self.embed_tokens = Embedding(shape.vocab_size, shape.hidden_size, ctx)
         self.layers = torch.nn.ModuleList(PhiLayer(config, shape, rotary, ctx) for _ in range(shape.num_layers))
-        self.final_layernorm = LayerNorm(shape.hidden_size, float(config.get("layer_norm_eps", 1e-5)), ctx)
+        self.final_layernorm = LayerNorm(shape.hidden_size, positive_number(config, "layer_norm_eps", 1e-5), ctx)
 
     def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE = self.embed_tokens(token_ids_T)
@@ -64,7 +65,7 @@ class PhiModel(torch.nn.Module):
         return out_TE
 
 
-class PhiForCausalLM(torch.nn.Module):
+class PhiForCausalLM(HeadedModel):
     """The whole model; parameter names are the checkpoint's."""
 
     def __init__(self, config: Mapping[str, Any], shape: ModelShape, ctx: BuildContext) -> None:
@@ -73,13 +74,3 @@ class PhiForCausalLM(torch.nn.Module):
         self.model = PhiModel(config, shape, ctx)
         tied = self.model.embed_tokens if config.get("tie_word_embeddings", False) else None
         self.lm_head = OutputHead(shape.vocab_size, shape.hidden_size, ctx, tied_to=tied, bias=True)
-
-    def forward(self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        """Hidden states (T, E) of the step's tokens; writes their keys and values to the cache."""
-        hidden_TE: torch.Tensor = self.model(token_ids_T, positions_T, step)
-        return hidden_TE
-
-    def logits(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        """Logits (S, V) in float32 of chosen hidden states."""
-        logits_SV: torch.Tensor = self.lm_head(hidden_SE)
-        return logits_SV

@@ -71,7 +71,6 @@ class Compiler:
             OrderedDict()
         )  # what is wrong with a specification, if anything
         self._turn = threading.RLock()
-        self._was_cancelled = False
 
     def warm_up(self) -> None:
         """Starts the worker in the background if its import takes seconds: bad specifications are refused in time."""
