@@ -13,7 +13,7 @@ import transformers
 
 from fairlead import LLM
 from fairlead.errors import CheckpointError, ModelError, UnsupportedModelError
-from fairlead.testing.greedy_equality import compare_greedy, prompts_for, transformers_reference
+from fairlead.testing.reference import Reference, check_faults_show, check_greedy, check_logits, prompts_for
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 
 MODES: dict[str, dict[str, Any]] = {
@@ -40,20 +40,31 @@ TYPES: dict[str, dict[str, Any]] = {
 }
 
 
+WINDOWED = ("cohere2", "exaone4", "olmo3", "starcoder2")
+
+
 @pytest.fixture(scope="module", params=TYPES)
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    name = request.param
-    return write_tiny_checkpoint(tmp_path_factory.mktemp(name), name, seed=1, settings=TYPES[name])
+def model_type(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def reference(model_type: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    directory = tmp_path_factory.mktemp(model_type)
+    return Reference.of_transformers(write_tiny_checkpoint(directory, model_type, seed=1, settings=TYPES[model_type]))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_equals_transformers(checkpoint: Path, mode: str, count: Callable[..., int]) -> None:
-    num_new = count(24, full=64)
-    prompts = prompts_for(512, count(8, full=32), count(80, full=300))
-    found = compare_greedy(checkpoint, transformers_reference(checkpoint), prompts, num_new, **MODES[mode])
-    print(found)
-    assert found.holds, found
-    assert found.distinct >= 0.5
+def test_n1_greedy_equals_transformers(reference: Reference, mode: str, count: Callable[..., int]) -> None:
+    check_greedy(reference, prompts_for(512, count(8, full=32), count(80, full=300)), count(24, full=64), **MODES[mode])
+
+
+def test_logits_equal_transformers(reference: Reference) -> None:
+    check_logits(reference, *prompts_for(512, 1))
+
+
+def test_a_wrong_position_window_or_head_would_show(reference: Reference, model_type: str) -> None:
+    check_faults_show(reference, *prompts_for(512, 1), is_windowed=model_type in WINDOWED)
 
 
 def write_config(directory: Path, kind: str, architecture: str | None = None, **settings: Any) -> str:
