@@ -21,7 +21,6 @@ from fairlead.scheduling.batch import ScheduledBatch, StepResult
 from fairlead.testing.equivalence import (
     BLOCK_SIZE,
     MODELS,
-    PARAMS,
     generate,
     make_llm,
     num_partial_chunks,

@@ -1,7 +1,7 @@
 """N1 for Baichuan and ChatGLM, whose code transformers does not ship, against plain PyTorch.
 
 The references below are written from the papers and configs alone and share no line with the engine: one sequence, no
-cache, a loop over heads. Weights are a dict by checkpoint name.
+cache, a loop over heads, in double precision. Weights are a dict by checkpoint name.
 """
 
 import json
@@ -42,8 +42,8 @@ def turn(x: torch.Tensor, pairs: list[tuple[int, int]], base: float) -> torch.Te
     frequencies = 1.0 / base ** (torch.arange(len(pairs)) / len(pairs))
     for i, (a, b) in enumerate(pairs):
         angle = (torch.arange(x.shape[0]) * frequencies[i]).double()
-        turned = torch.complex(x[:, a].double(), x[:, b].double()) * torch.polar(torch.ones_like(angle), angle)
-        out[:, a], out[:, b] = turned.real.float(), turned.imag.float()
+        turned = torch.complex(x[:, a], x[:, b]) * torch.polar(torch.ones_like(angle), angle)
+        out[:, a], out[:, b] = turned.real, turned.imag
     return out
 
 
@@ -186,7 +186,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> Path:
-    """Random weights by the recipe of fairlead.testing.tiny_model."""
+    """Random weights by the recipe of fairlead.testing.tiny_model, with less gain: rounding errors grow with it."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in shapes(config).items():
@@ -196,7 +196,7 @@ def write_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> Path
         elif len(shape) == 1:
             drawn = 0.3 * drawn if name.endswith("bias") else 1 + 0.2 * drawn
         else:
-            drawn *= (3.0 if "W_pack" in name or "query" in name else 1.5) * shape[1] ** -0.5
+            drawn *= (2.3 if "W_pack" in name or "query" in name else 1.15) * shape[1] ** -0.5
         tensors[name] = drawn
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -211,9 +211,9 @@ def config(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def reference(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Reference:
     directory = write_checkpoint(tmp_path_factory.mktemp(config["model_type"]), config, seed=4)
-    weights = load_file(directory / "model.safetensors")
+    weights = {name: tensor.double() for name, tensor in load_file(directory / "model.safetensors").items()}
     forward = baichuan if config["model_type"] == "baichuan" else chatglm
-    return Reference(directory=directory, logits=lambda ids_1T: forward(config, weights, ids_1T[0])[None])
+    return Reference(directory=directory, logits=lambda ids_1T: forward(config, weights, ids_1T[0])[None].float())
 
 
 @pytest.mark.parametrize("mode", MODES)
