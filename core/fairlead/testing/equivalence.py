@@ -14,7 +14,7 @@ from fairlead.testing.tiny_model import write_tiny_llama
 
 BLOCK_SIZE = 16
 WINDOW = 24
-VOCAB_SIZE = 512
+VOCAB_SIZE = 1024  # the demo's, so that its tokenizer fits
 MAX_MODEL_LEN = 256
 
 MODELS: dict[str, Callable[[Path], Path]] = {
@@ -23,11 +23,11 @@ MODELS: dict[str, Callable[[Path], Path]] = {
         folder,
         "gemma3_text",
         seed=1,
-        settings={"sliding_window": WINDOW, "vocab_size": VOCAB_SIZE},
+        settings={"sliding_window": WINDOW, "vocab_size": VOCAB_SIZE, "eos_token_id": None},
         embedding_scale=4.0,
     ),
 }
-"""One cache group, and two of which one forgets what has left its window."""
+"""One cache group, and two of which one forgets what has left its window. Without a tokenizer."""
 
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0},

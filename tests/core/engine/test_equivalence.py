@@ -21,6 +21,7 @@ from fairlead.scheduling.batch import ScheduledBatch, StepResult
 from fairlead.testing.equivalence import (
     BLOCK_SIZE,
     MODELS,
+    VOCAB_SIZE,
     generate,
     make_llm,
     num_partial_chunks,
@@ -90,30 +91,27 @@ def test_n3_a_prompt_in_chunks_or_whole(model: Path, count: Callable[..., int]) 
         llm.close()
 
 
-@pytest.mark.parametrize("num_shared", [0, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, "all"])
 @pytest.mark.parametrize("length", [2 * BLOCK_SIZE, 3 * BLOCK_SIZE + 5])
-def test_n4_a_prefix_hit_or_a_cold_prompt(
-    model: Path, num_shared: int | str, length: int, count: Callable[..., int]
-) -> None:
+def test_n4_a_prefix_hit_or_a_cold_prompt(model: Path, length: int, count: Callable[..., int]) -> None:
+    """Another prompt has left its first tokens in the cache: none, around a block's edge, two blocks, or all."""
     B = BLOCK_SIZE
-    prompt, other = prompts_of(length, length)
-    llm = make_llm(model, enable_prefix_caching=True, max_num_seqs=64)
-    params = params_of(count(12, full=100))
+    (prompt,) = prompts_of(length)
+    params = params_of(count(6, full=100))[:: count(2, full=1)]
     with_logprobs = replace(params[0], prompt_logprobs=3)
-    cold = [tokens_of(generate(make_llm(model), [prompt], p)) for p in params]
-    (cold_logprobs,) = generate(make_llm(model), [prompt], with_logprobs)
-    shared = length if num_shared == "all" else int(num_shared)
-    num_hit = min(shared, length - 1) // B * B
-    assert other[shared:] != prompt[shared:] or shared == length
-    for one, expected in zip(params, cold, strict=True):
-        llm.reset_prefix_cache()
-        generate(llm, [[*prompt[:shared], *((i + 1) % 512 for i in prompt[shared:])]], params[2])
-        found = generate(llm, [prompt], one)
-        assert found[0].num_cached_tokens == num_hit
-        assert tokens_of(found) == expected
-    (logprobs,) = generate(llm, [prompt], with_logprobs)
-    check_prompt_logprobs(logprobs, cold_logprobs)
-    assert tokens_of([logprobs]) == cold[0]
+    cold_llm, llm = make_llm(model), make_llm(model, enable_prefix_caching=True, max_num_seqs=64)
+    cold = [tokens_of(generate(cold_llm, [prompt], one)) for one in params]
+    (cold_logprobs,) = generate(cold_llm, [prompt], with_logprobs)
+    for num_shared in (0, B - 1, B, B + 1, 2 * B, length):
+        other = [*prompt[:num_shared], *((i + 1) % VOCAB_SIZE for i in prompt[num_shared:])]
+        for one, expected in zip(params, cold, strict=True):
+            llm.reset_prefix_cache()
+            generate(llm, [other], params[0])
+            found = generate(llm, [prompt], one)
+            assert found[0].num_cached_tokens == min(num_shared, length - 1) // B * B
+            assert tokens_of(found) == expected
+        (found_logprobs,) = generate(llm, [prompt], with_logprobs)
+        check_prompt_logprobs(found_logprobs, cold_logprobs)
+        assert tokens_of([found_logprobs]) == cold[0]
 
 
 def preempt_at(llm: LLM, *steps: int) -> Counter[str]:
@@ -218,7 +216,7 @@ class Poison:
     ids=str,
 )
 def test_n6_freed_blocks_hold_nan(model: Path, settings: dict[str, Any], count: Callable[..., int]) -> None:
-    prompts, params = prompts_of(*LENGTHS), params_of(count(24, full=120))
+    prompts, params = prompts_of(*LENGTHS), params_of(count(20, full=120))
     expected = tokens_of(generate(make_llm(model), prompts, params))
     llm = make_llm(model, **settings)
     poison = Poison(llm)
@@ -264,7 +262,7 @@ def test_n13_a_seed_gives_the_same_after_a_restart_and_in_a_crowd(
     for round_ in range(count(1, full=10)):
         params = [
             replace(one, temperature=one.temperature or 1.0, seed=100 * round_ + i)
-            for i, one in enumerate(params_of(count(24, full=100)))
+            for i, one in enumerate(params_of(count(20, full=100)))
         ]
         alone = [tokens_of(generate(first, [p], s))[0] for p, s in zip(prompts, params, strict=True)]
         crowd = [*prompts, *prompts[::-1]]
@@ -273,11 +271,12 @@ def test_n13_a_seed_gives_the_same_after_a_restart_and_in_a_crowd(
         assert tokens_of(generate(restarted, crowd, [*params, *others]))[: len(prompts)] == alone
         assert (restarted.engine.stats().num_preemptions > 0) == ("num_blocks" in settings)
         restarted.close()
-    seeds = [tokens_of(generate(first, [prompts[0]], replace(params[2], seed=seed)))[0] for seed in range(20)]
-    assert len({sequences[0] for sequences in seeds}) > 15
 
 
-def test_n13_the_engines_seed_makes_requests_without_one_repeatable(model: Path) -> None:
+def test_n13_other_seeds_give_other_tokens(model: Path) -> None:
     params = SamplingParams(max_tokens=20, detokenize=False)
     runs = [tokens_of(generate(make_llm(model, seed=seed), prompts_of(*LENGTHS), params)) for seed in (5, 5, 6)]
     assert runs[0] == runs[1] != runs[2]
+    seeded = [SamplingParams(max_tokens=20, detokenize=False, seed=seed) for seed in range(20)]
+    found = tokens_of(generate(make_llm(model), prompts_of(40) * 20, seeded))
+    assert len({sequences[0] for sequences in found}) == 20
