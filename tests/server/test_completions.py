@@ -171,12 +171,12 @@ def test_a_stream_adds_up_to_the_whole(client: httpx.Client) -> None:
         assert [value for part in parts for value in part] == values
 
 
-@pytest.mark.parametrize("text", ["a 🙂 👩‍👩‍👧‍👦!", "日本語の漢字", "e\u0301a\u0308 ภาษา", "plain words"])
+@pytest.mark.parametrize("text", ["a 🙂 é!", "日本語", "e\u0301a\u0308ภ", "plain words"])
 def test_n16_streamed_or_whole(client: httpx.Client, fake_server: Any, text: str) -> None:
     """Characters split over tokens, a cut one at the end, and stop strings, which straddle tokens and events."""
     ids = fake_server.engine.front_end.tokenizer.encode_continuation(text)
-    stops = [None, *(text[i : i + size] for i in range(0, len(text), 3) for size in (1, 2, 4))]
-    for stop, max_tokens in [(stop, len(ids)) for stop in stops] + [(None, n) for n in range(1, len(ids))]:
+    stops = [None, *(text[i : i + size] for i in range(0, len(text), 2) for size in (1, 3))]
+    for stop, max_tokens in [(stop, len(ids)) for stop in stops] + [(None, n) for n in range(1, len(ids), 3)]:
         asked = {"prompt": ids, "max_tokens": max_tokens, "stop": stop}
         whole = post(client, **asked)["choices"][0]
         chunks = [chunk["choices"][0] for chunk in stream(client, **asked)]
