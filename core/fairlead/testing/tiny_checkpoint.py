@@ -11,7 +11,7 @@ import transformers
 from torch.nn import functional
 
 MAX_PARAMETERS = 6_000_000
-_GAIN, _BIAS = 1.5, 0.3  # see tiny_model
+_GAIN, _BIAS = 1.5, 0.1  # see tiny_model
 
 _UNGATED_GAIN = 0.5  # behind a plain GELU or ReLU, whose mean is not 0: else the same tokens win almost every step
 

@@ -6,14 +6,7 @@ from typing import Any
 import pytest
 
 from fairlead import demo
-from fairlead.testing.reference import (
-    MAX_PROMPT,
-    Reference,
-    check_faults_show,
-    check_greedy,
-    check_logits,
-    prompts_for,
-)
+from fairlead.testing.reference import Reference, check_faults_show, check_greedy, check_logits, prompts_for
 from fairlead.testing.tiny_model import write_tiny_llama
 
 BLOCK_SIZE = 16
@@ -68,7 +61,7 @@ def reference(name: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def test_n1_greedy_equals_transformers(reference: Reference, name: str, mode: str, count: Callable[..., int]) -> None:
     num_new = count(24, full=256)
     settings = {"enable_prefix_caching": False, "block_size": BLOCK_SIZE, **MODES[mode]}
-    prompts = prompts_for(128, count(16, full=64), 250 if name == "demo" else MAX_PROMPT)
+    prompts = prompts_for(128, count(16, full=64), 250)
     if "num_blocks" in settings:
         demand = sum(-(-(len(p) + num_new) // BLOCK_SIZE) for p in prompts)
         settings["num_blocks"] = max(demand // 10, -(-(max(map(len, prompts)) + num_new) // BLOCK_SIZE))

@@ -33,7 +33,6 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     longest: int = 300
     attention: str = "eager"
-    least_distinct: float = 0.5
 
 
 CASES = {
@@ -106,7 +105,7 @@ def reference(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Reference
 @pytest.mark.parametrize("mode", MODES)
 def test_n1_greedy_equals_transformers(reference: Reference, case: Case, mode: str, count: Callable[..., int]) -> None:
     prompts = prompts_for(512, count(8, full=32), min(case.longest, count(80, full=300)))
-    check_greedy(reference, prompts, count(24, full=64), least_distinct=case.least_distinct, **MODES[mode])
+    check_greedy(reference, prompts, count(24, full=64), **MODES[mode])
 
 
 def test_logits_equal_transformers(reference: Reference, case: Case) -> None:
