@@ -61,7 +61,6 @@ class Reference:
         ids = (*output.prompt_token_ids, *completion.token_ids)
         if ids in self.checked:
             return
-        self.checked.add(ids)
         logits_TV = self.logits_of(ids)[len(output.prompt_token_ids) - 1 : -1]
         best_T2, logprobs_TV = logits_TV.topk(2).values, logits_TV.log_softmax(-1)
         assert completion.logprobs is not None
@@ -75,6 +74,7 @@ class Reference:
                 self.num_left_out += 1
             else:
                 assert token_id == logits_TV[i].argmax().item(), where
+        self.checked.add(ids)
 
 
 def prompts_for(vocab_size: int, num_prompts: int, longest: int = MAX_PROMPT) -> list[list[int]]:
