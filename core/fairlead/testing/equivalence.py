@@ -45,13 +45,14 @@ Tokens = list[list[tuple[int, ...]]]
 
 
 def make_llm(directory: Path, **settings: Any) -> LLM:
-    """An engine in float32 without a tokenizer; the prefix cache is off unless asked for."""
+    """An engine in float32 without a tokenizer. What is a feature of the engine is off unless asked for."""
     defaults = {
         "dtype": "float32",
         "skip_tokenizer_init": True,
         "max_model_len": MAX_MODEL_LEN,
         "block_size": BLOCK_SIZE,
         "enable_prefix_caching": False,
+        "async_scheduling": False,
     }
     return LLM(str(directory), **{**defaults, **settings})
 

@@ -1,6 +1,7 @@
 """N2 to N6 and N13: the tokens of a request depend on the request alone. In float32, token for token.
 
-Each of two models: one with full attention, one with full and sliding-window attention.
+Each of two models: one with full attention, one with full and sliding-window attention. The plain engine schedules
+steps one by one, the others asynchronously where nothing else is said.
 """
 
 import itertools
@@ -15,9 +16,10 @@ import pytest
 import torch
 
 from fairlead import LLM, RequestOutput, SamplingParams
+from fairlead.engine.model_runner import PreparedStep
 from fairlead.engine.planner import number_layers
 from fairlead.interface import AttentionMetadata
-from fairlead.scheduling.batch import ScheduledBatch, StepResult
+from fairlead.scheduling.batch import ScheduledBatch
 from fairlead.testing.equivalence import (
     BLOCK_SIZE,
     MODELS,
@@ -57,9 +59,9 @@ def test_the_outputs_vary(model: Path) -> None:
 
 
 def test_n2_alone_or_in_any_batch_in_any_order(model: Path, count: Callable[..., int]) -> None:
-    llm = make_llm(model)
+    plain, llm = make_llm(model), make_llm(model, async_scheduling=True)
     prompts, params = prompts_of(*LENGTHS), params_of(count(16, full=100))
-    alone = [tokens_of(generate(llm, [p], s))[0] for p, s in zip(prompts, params, strict=True)]
+    alone = [tokens_of(generate(plain, [p], s))[0] for p, s in zip(prompts, params, strict=True)]
     rng = np.random.default_rng(2)
     for _ in range(count(4, full=100)):
         order = rng.permutation(len(prompts))[: rng.integers(2, len(prompts) + 1)]
@@ -80,7 +82,7 @@ def test_n3_a_prompt_in_chunks_or_whole(model: Path, count: Callable[..., int]) 
     params = params_of(count(6, full=64), prompt_logprobs=2)
     whole = generate(make_llm(model, max_num_batched_tokens=1024), prompts, params)
     for size in sizes:
-        llm = make_llm(model, max_num_batched_tokens=size, max_num_seqs=16)
+        llm = make_llm(model, max_num_batched_tokens=size, max_num_seqs=16, async_scheduling=True)
         steps = watch(llm)
         found = generate(llm, prompts, params)
         assert max(step.num_tokens for step in steps) <= size
@@ -98,7 +100,8 @@ def test_n4_a_prefix_hit_or_a_cold_prompt(model: Path, length: int, count: Calla
     (prompt,) = prompts_of(length)
     params = params_of(count(6, full=100))[:: count(2, full=1)]
     with_logprobs = replace(params[0], prompt_logprobs=3)
-    cold_llm, llm = make_llm(model), make_llm(model, enable_prefix_caching=True, max_num_seqs=64)
+    cold_llm = make_llm(model)
+    llm = make_llm(model, enable_prefix_caching=True, max_num_seqs=64, async_scheduling=True)
     cold = [tokens_of(generate(cold_llm, [prompt], one)) for one in params]
     (cold_logprobs,) = generate(cold_llm, [prompt], with_logprobs)
     for num_shared in (0, B - 1, B, B + 1, 2 * B, length):
@@ -123,7 +126,7 @@ def preempt_at(llm: LLM, *steps: int) -> Counter[str]:
         if seen["steps"] in steps:
             seen["sequences"] += len(engine.scheduler.running)
             while engine.scheduler.running:
-                engine.scheduler._preempt_newest()
+                engine.scheduler._preempt_last()
         seen["steps"] += 1
         return original()
 
@@ -131,17 +134,18 @@ def preempt_at(llm: LLM, *steps: int) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("caching", [False, True], ids=["cold", "cached"])
-def test_n5_preempted_at_each_step_or_never(model: Path, caching: bool, count: Callable[..., int]) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, {"enable_prefix_caching": True}, {"async_scheduling": True}], ids=["cold", "cached", "async"]
+)
+def test_n5_preempted_at_each_step_or_never(model: Path, more: dict[str, Any], count: Callable[..., int]) -> None:
     """In steps of 48 tokens, so that prompts are interrupted too. With a cache, what was computed is found again."""
     prompts, params = prompts_of(*LENGTHS), params_of(count(8, full=60))
-    settings = {"max_num_batched_tokens": 48, "enable_prefix_caching": caching}
+    settings = {"max_num_batched_tokens": 48, **more}
     llm = make_llm(model, **settings)
     never = preempt_at(llm)
     expected = tokens_of(generate(llm, prompts, params))
     assert never["sequences"] == 0
-    for k in range(1, never["steps"]):
-        llm.reset_prefix_cache()
+    for k in range(1, never["steps"] - 1):
         llm = make_llm(model, **settings)
         seen = preempt_at(llm, k)
         assert tokens_of(generate(llm, prompts, params)) == expected, f"preempted before step {k}"
@@ -163,8 +167,9 @@ class Poison:
         self.num_poisoned = 0
         for pool, free in zip(self.pools, self.free, strict=True):
             self._watch(pool, free)
-        self._execute = self.runner.execute
-        self.runner.execute = self.execute  # type: ignore[method-assign]
+        self._dirty: dict[int, list[set[int]]] = {}  # by step
+        self._prepare, self._forward = self.runner.prepare, self.runner.forward
+        self.runner.prepare, self.runner.forward = self.prepare, self.forward  # type: ignore[method-assign]
         for group, free in enumerate(self.free):
             self.fill(group, free)
 
@@ -182,15 +187,23 @@ class Poison:
 
         pool.release, pool.allocate = releasing, allocating
 
-    def execute(self, batch: ScheduledBatch, bitmask: Any = None) -> StepResult:
-        """Copies come first, as they would: a block may be freed by the very step that copies it."""
-        for group, source, destination in batch.block_copies:
-            self.runner.backends[group].copy_blocks(self.runner.kv_caches[group], [(source, destination)])
-            self.free[group].discard(destination)
-        for group, free in enumerate(self.free):
-            self.fill(group, free)
+    def prepare(self, batch: ScheduledBatch) -> PreparedStep:
+        """What is free now is read by no step from this one on, but maybe by one that still runs."""
+        prepared = self._prepare(batch)
+        self._dirty[id(prepared)] = [set(free) for free in self.free]
+        for free in self.free:
             free.clear()
-        return self._execute(replace(batch, block_copies=()), bitmask)
+        return prepared
+
+    def forward(self, prepared: PreparedStep) -> torch.Tensor:
+        """Copies come first, as they would: a block may be freed by the very step that copies it."""
+        dirty = self._dirty.pop(id(prepared))
+        for group, source, destination in prepared.batch.block_copies:
+            self.runner.backends[group].copy_blocks(self.runner.kv_caches[group], [(source, destination)])
+            dirty[group].discard(destination)
+        for group, blocks in enumerate(dirty):
+            self.fill(group, blocks)
+        return self._forward(replace(prepared, batch=replace(prepared.batch, block_copies=())))
 
     def fill(self, group: int, blocks: set[int]) -> None:
         if not blocks:
@@ -212,7 +225,12 @@ class Poison:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"max_num_batched_tokens": 24}, {"num_blocks": 16}, {"num_blocks": 24, "enable_prefix_caching": True}],
+    [
+        {},
+        {"max_num_batched_tokens": 24, "async_scheduling": True},
+        {"num_blocks": 16},
+        {"num_blocks": 24, "enable_prefix_caching": True, "async_scheduling": True},
+    ],
     ids=str,
 )
 def test_n6_freed_blocks_hold_nan(model: Path, settings: dict[str, Any], count: Callable[..., int]) -> None:
@@ -267,7 +285,7 @@ def test_n13_a_seed_gives_the_same_after_a_restart_and_in_a_crowd(
         alone = [tokens_of(generate(first, [p], s))[0] for p, s in zip(prompts, params, strict=True)]
         crowd = [*prompts, *prompts[::-1]]
         others = [replace(one, seed=None) for one in params[::-1]]
-        restarted = make_llm(model, **settings)
+        restarted = make_llm(model, async_scheduling=True, **settings)
         assert tokens_of(generate(restarted, crowd, [*params, *others]))[: len(prompts)] == alone
         assert (restarted.engine.stats().num_preemptions > 0) == ("num_blocks" in settings)
         restarted.close()

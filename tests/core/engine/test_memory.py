@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 
 from fairlead import LLM, SamplingParams
+from fairlead.engine.model_runner import PreparedStep
 from fairlead.request import TokenLogprobs
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch, StepResult
+from fairlead.scheduling.batch import SampledToken, StepResult
 
 PER_ROUND = 250
 MAX_GROWTH_BYTES = 32 * 1024  # an entry of a dict for every request would be more, at the quick count too
 
 
-def execute(batch: ScheduledBatch, bitmask: Any = None) -> StepResult:
+def sample(prepared: PreparedStep, hidden: object, contexts: object, bitmask: object) -> StepResult:
     """Tokens that depend on seed and position alone, in place of a model's."""
+    batch = prepared.batch
     sampled = []
     prompt_logprobs = {}
     for chunk in batch.chunks:
@@ -33,7 +35,9 @@ def execute(batch: ScheduledBatch, bitmask: Any = None) -> StepResult:
 @pytest.fixture
 def llm() -> Iterator[LLM]:
     llm = LLM("demo", dtype="float32", max_num_seqs=64, num_blocks=40, max_model_len=128, max_num_batched_tokens=256)
-    llm.engine._runner.execute = execute  # type: ignore[method-assign]
+    runner: Any = llm.engine._runner
+    runner.prepare = lambda batch: PreparedStep(batch=batch, inputs=None, step=None)  # type: ignore[arg-type]
+    runner.forward, runner.sample = lambda prepared: None, sample
     yield llm
     llm.close()
 
