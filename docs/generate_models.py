@@ -166,14 +166,15 @@ def page(rows: list[Row]) -> str:
 
 
 def other_natives() -> list[Row]:
-    """The classes with a file of ours whose code transformers does not ship."""
-    finding = "transformers has no class of this name"
+    """The classes with a file of ours whose code transformers does not ship, or ships under another name."""
     known = set(architectures().values())
-    return [
-        Row(model_type="", architecture=name, how="native", finding=finding + tested(name))
-        for name in ARCHITECTURES
-        if name not in known
-    ]
+    rows = []
+    for name in ARCHITECTURES:
+        if name not in known:
+            others = [other for other in known & set(ARCHITECTURES) if ARCHITECTURES[other] == ARCHITECTURES[name]]
+            finding = f"an older name of {others[0]}" if others else "transformers has no class of this name"
+            rows.append(Row(model_type="", architecture=name, how="native", finding=finding + tested(name)))
+    return rows
 
 
 def main() -> None:
