@@ -236,6 +236,8 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0  # share of blocks that a sequence holds, 0 to 1
     num_preemptions: int = 0
+    num_blocks_swapped_out: int = 0  # KV blocks copied to the host
+    num_blocks_swapped_in: int = 0  # and back
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
     num_generation_tokens: int = 0

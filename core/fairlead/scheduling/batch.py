@@ -1,6 +1,7 @@
 """What the scheduler hands to the model runner, and gets back: plain integers, snapshots of one step."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from fairlead.request import Request, SamplingParams, TokenLogprobs
 
@@ -57,12 +58,31 @@ class ScheduledChunk:
     extras: ChunkExtras | None = None
 
 
+class CopyKind(Enum):
+    """Where a block is copied from and to."""
+
+    WITHIN = "within"  # the device
+    OUT = "out"  # from the device to the host
+    IN = "in"  # from the host to the device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCopy:
+    """The copy of one block of a cache group; host blocks are numbered on their own."""
+
+    kind: CopyKind
+    group: int
+    source: int
+    destination: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledBatch:
-    """One step. `block_copies` (group, source, destination) happen before any of its writes, in order."""
+    """One step. `block_copies` happen before any of its writes, one after the other: a later one may read or overwrite
+    what an earlier one wrote, on the host too."""
 
     chunks: tuple[ScheduledChunk, ...]
-    block_copies: tuple[tuple[int, int, int], ...]
+    block_copies: tuple[BlockCopy, ...]
 
     @property
     def num_tokens(self) -> int:

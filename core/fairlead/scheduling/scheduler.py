@@ -38,7 +38,6 @@ class _Step:
 
     budget: int
     chunks: list[ScheduledChunk] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
     preempted: bool = False
 
 
@@ -99,7 +98,7 @@ class Scheduler:
             self._admit_waiting(step)
         self._num_steps += 1
         assert step.chunks or not self.has_work, "there is work, but no sequence could be scheduled"
-        return ScheduledBatch(chunks=tuple(step.chunks), block_copies=tuple(step.copies))
+        return ScheduledBatch(chunks=tuple(step.chunks), block_copies=self.blocks.take_copies())
 
     def update(
         self,
@@ -152,6 +151,8 @@ class Scheduler:
             num_requests_waiting=len(self._requests) - len(running),
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
+            num_blocks_swapped_out=self.blocks.num_swapped_out,
+            num_blocks_swapped_in=self.blocks.num_swapped_in,
             num_prompt_tokens=self._num_prompt,
             num_cached_prompt_tokens=self._num_cached,
             num_generation_tokens=self._num_generated,
@@ -181,13 +182,12 @@ class Scheduler:
         while i < len(self.running) and step.budget > 0:
             seq = self.running[i]
             num_tokens = min(seq.num_tokens - seq.num_computed_tokens, step.budget)
-            copies = self.blocks.reserve(seq, num_tokens)
-            if copies is None:
+            if self.blocks.reserve(seq, num_tokens):
+                self._schedule_chunk(step, seq, num_tokens)
+                i += 1
+            else:
                 self._preempt_newest()
                 step.preempted = True
-            else:
-                self._schedule_chunk(step, seq, num_tokens, copies)
-                i += 1
 
     def _admit_waiting(self, step: _Step) -> None:
         seats = self.max_num_seqs - self._num_seats()
@@ -205,17 +205,16 @@ class Scheduler:
                 self._num_queries += seq.num_prompt_tokens
                 self._num_hits += seq.num_computed_tokens
             num_tokens = min(seq.num_tokens - seq.num_computed_tokens, step.budget)
-            copies = self.blocks.reserve(seq, num_tokens)
-            assert copies is not None
+            fits = self.blocks.reserve(seq, num_tokens)
+            assert fits
             self._enter_running(seq)
-            self._schedule_chunk(step, seq, num_tokens, copies)
+            self._schedule_chunk(step, seq, num_tokens)
             seats -= _seats(seq)
 
-    def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int, copies: list[tuple[int, int, int]]) -> None:
+    def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int) -> None:
         start = seq.num_computed_tokens
         end = start + num_tokens
         step.budget -= num_tokens
-        step.copies += copies
         step.chunks.append(
             ScheduledChunk(
                 seq_id=seq.seq_id,
@@ -297,7 +296,7 @@ class Scheduler:
         error: str | None = None,
     ) -> SequenceDelta:
         (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
-        self.blocks.free(seq)
+        self.blocks.end(seq)
         seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
         del self._live[seq.seq_id]
         siblings = self._requests[seq.request.request_id]

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from fairlead.request import MAX_N, BlockTable, FinishReason, Request, Sequence, SequenceDelta
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch, ScheduledChunk
+from fairlead.scheduling.batch import BlockCopy, CopyKind, SampledToken, ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import BlockManager, CachedPrefix, CacheGroup, blocks_per_sequence
-from fairlead.scheduling.prefix_cache import block_hash, root_hash
+from fairlead.scheduling.host_tier import SwapCosts
+from fairlead.scheduling.prefix_cache import block_hash, private_root_hash, root_hash
 from fairlead.scheduling.scheduler import NAN_ERROR, Scheduler
 
 EOS, STOP_TOKEN = 23, 22
@@ -32,6 +33,7 @@ class Setup:
     max_num_seqs: int
     caching: bool
     groups: tuple[CacheGroup, ...]
+    swap_costs: SwapCosts | None = None
 
 
 @dataclass(slots=True)
@@ -40,8 +42,9 @@ class Expected:
 
     request: Request
     index: int
+    is_private: bool  # whether no other request may share its blocks
     tokens: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)  # what its slots must hold: slots[i] is salt and tokens[: i + 1]
+    slots: list[int] = field(default_factory=list)  # what its slots must hold: slots[i] is owner and tokens[: i + 1]
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked for
     seed: int | None = None
     num_cached_tokens: int | None = None
@@ -52,13 +55,19 @@ class Expected:
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
-        self.slots.append(hash((self.slots[-1] if self.slots else len(self.request.cache_salt), token)))
+        owner = int(self.request.request_id) + 100 if self.is_private else len(self.request.cache_salt)
+        self.slots.append(hash((self.slots[-1] if self.slots else owner, token)))
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         for i in range(len(self.hashes), num_blocks):
-            parent = self.hashes[-1] if self.hashes else root_hash(self.request.cache_salt)
+            parent = self.hashes[-1] if self.hashes else self._root_hash()
             self.hashes.append(block_hash(parent, self.tokens[i * block_size : (i + 1) * block_size]))
         return self.hashes[:num_blocks]
+
+    def _root_hash(self) -> bytes:
+        if self.is_private:
+            return private_root_hash(int(self.request.request_id) * MAX_N)
+        return root_hash(self.request.cache_salt)
 
 
 class _WatchedBlocks(BlockManager):
@@ -76,25 +85,31 @@ class _WatchedBlocks(BlockManager):
         self.oracle.check_admission(seq, prefix, fits)
         return fits
 
-    def reserve(self, seq: Sequence, num_tokens: int) -> list[tuple[int, int, int]] | None:
-        copies = super().reserve(seq, num_tokens)
-        if copies is None:
+    def reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        fits = super().reserve(seq, num_tokens)
+        if not fits:
             self.oracle.check_refusal(seq, num_tokens)
-        return copies
+        return fits
 
 
 class Oracle:
     """A scheduler, and what it has to do next. Sequences that have not ended are in `open`, by seq_id.
 
-    `kv[group][block]` is what the worker has put into the slots of a block; `seen` counts what happened.
+    `kv[group][block]` is what the worker has put into the slots of a block, `host_kv` that of the host's blocks;
+    `seen` counts what happened.
     """
 
     def __init__(self, setup: Setup, seen: Counter[str]) -> None:
         self.setup, self.seen = setup, seen
         self.groups, self.block_size, self.budget = setup.groups, setup.block_size, setup.budget
         self.blocks = _WatchedBlocks(
-            self.groups, self.block_size, max_chunk=self.budget, enable_prefix_caching=setup.caching
+            self.groups,
+            self.block_size,
+            max_chunk=self.budget,
+            enable_prefix_caching=setup.caching,
+            swap_costs=setup.swap_costs,
         )
+        self.is_hashing = setup.caching or setup.swap_costs is not None
         self.blocks.oracle = self
         self.scheduler = Scheduler(
             self.blocks,
@@ -103,6 +118,7 @@ class Oracle:
             max_model_len=setup.max_model_len,
         )
         self.kv = [[[0] * self.block_size for _ in range(group.num_blocks)] for group in self.groups]
+        self.host_kv = [[[0] * self.block_size for _ in range(group.num_host_blocks)] for group in self.groups]
         self.open: dict[int, Expected] = {}  # siblings that will fork included
         self.forked: set[str] = set()  # request ids
         self._hash_of: dict[int, bytes] = {}  # content of a full block's last slot -> hash, and back
@@ -204,13 +220,15 @@ class Oracle:
         assert scheduler.has_work or not any(used)
 
     def _check_cache(self) -> None:
-        """5: what a cached block holds and its hash determine each other."""
+        """5: what a cached block holds and its hash determine each other, on the host too."""
         if len(self._hash_of) > _MAX_HASHES:
             self._hash_of.clear()
             self._content_of.clear()
-        for kv, cached in zip(self.kv, self.cached_blocks(), strict=True):
-            for block, its_hash in cached.items():
-                content = kv[block][-1]
+        tiers = self.blocks.tiers
+        held = [[(self.kv[i][b][-1], h) for b, h in cached.items()] for i, cached in enumerate(self.cached_blocks())]
+        held += [[(self.host_kv[i][b][-1], h) for h, b in tier.blocks.items()] for i, tier in enumerate(tiers)]
+        for contents in held:
+            for content, its_hash in contents:
                 if content != POISON:
                     assert self._hash_of.setdefault(content, its_hash) == its_hash
                     assert self._content_of.setdefault(its_hash, content) == content
@@ -218,19 +236,40 @@ class Oracle:
     # What holds amid a step
 
     def check_prefix(self, seq: Sequence, prefix: CachedPrefix) -> None:
-        """A hit is the longest whose visible part is cached in every group, and is made of no other blocks."""
-        expected, size = self.open[seq.seq_id], self.block_size
-        num_full = (len(expected.tokens) - 1) // size if self.setup.caching else 0
+        """A hit is the longest whose visible part is cached in every group, and is made of no other blocks.
+
+        What is on the host counts only if copying it costs less than computing the tokens that it adds.
+        """
+        expected, size, costs = self.open[seq.seq_id], self.block_size, self.setup.swap_costs
+        num_full = (len(expected.tokens) - 1) // size if self.is_hashing else 0
         hashes = expected.block_hashes(num_full, size)
         for num_blocks in range(num_full, -1, -1):
-            tables = []
-            for group, pool in enumerate(self.blocks.pools):
-                first = self._first_read(group, num_blocks * size) // size
-                blocks = [pool.cache.get(h) for h in hashes[first:num_blocks]]
-                tables.append(BlockTable(first, [b for b in blocks if b is not None]))
-            if all(t.end == num_blocks for t in tables):
+            found = self._prefix_of(hashes[:num_blocks])
+            if found is not None and not any(found.swapped):
                 break
-        assert prefix == CachedPrefix(num_blocks=num_blocks, tables=tuple(tables))
+        for num_more in range(num_full, num_blocks, -1) if costs is not None else ():
+            longer = self._prefix_of(hashes[:num_more])
+            if longer is not None:
+                assert costs is not None
+                copying = sum(len(n) * s for n, s in zip(longer.swapped, costs.in_s, strict=True))
+                if costs.overhead_s + copying < (num_more - num_blocks) * size * costs.token_s:
+                    found = longer
+                else:
+                    self.seen["recomputed by choice"] += 1
+                break
+        assert prefix == found
+
+    def _prefix_of(self, hashes: list[bytes]) -> CachedPrefix | None:
+        tables, swapped = [], []
+        for group, (pool, tier) in enumerate(zip(self.blocks.pools, self.blocks.tiers, strict=True)):
+            first = self._first_read(group, len(hashes) * self.block_size) // self.block_size
+            blocks = [pool.cache.get(h) for h in hashes[first:]]
+            lacking = [i for i, h in enumerate(hashes) if i >= first and blocks[i - first] is None]
+            if any(hashes[i] not in tier for i in lacking):
+                return None
+            tables.append(BlockTable(first, [b for b in blocks if b is not None]))
+            swapped.append(tuple(lacking))
+        return CachedPrefix(num_blocks=len(hashes), tables=tuple(tables), swapped=tuple(swapped))
 
     def check_admission(self, seq: Sequence, prefix: CachedPrefix, fits: bool) -> None:
         """A sequence is admitted if, and only if, it can be computed whole from the blocks that are left."""
@@ -323,10 +362,39 @@ class Oracle:
                     assert holders_still[i][old[first]] == 1
                     assert old[first] not in cached_before[i]
                 else:
-                    copies.append((i, old[first], table[first]))
+                    copies.append(
+                        BlockCopy(kind=CopyKind.WITHIN, group=i, source=old[first], destination=table[first])
+                    )
                     assert chunk.start % self.block_size, "nothing to copy"
                     assert holders_before[i][old[first]] > 1 or old[first] in cached_before[i]
-        assert batch.block_copies == tuple(copies)
+        assert [c for c in batch.block_copies if c.kind is CopyKind.WITHIN] == copies
+        self._check_swaps(batch, before, now, cached_before)
+
+    def _check_swaps(
+        self,
+        batch: ScheduledBatch,
+        before: dict[int, Tables],
+        now: dict[int, Tables],
+        cached_before: list[dict[int, bytes]],
+    ) -> None:
+        """What comes back belongs to a sequence that was admitted; what is evicted goes to the host if there is room.
+
+        What goes there was cached before the step: no block does that the step has yet to compute.
+        """
+        for i, (tier, cached) in enumerate(zip(self.blocks.tiers, self.cached_blocks(), strict=True)):
+            admitted = {b for seq_id, tables in now.items() if seq_id not in before for b in tables[i].values()}
+            mine = [c for c in batch.block_copies if c.group == i]
+            brought = [c.destination for c in mine if c.kind is CopyKind.IN]
+            assert len(set(brought)) == len(brought)
+            assert admitted.issuperset(brought)
+            evicted = {h for b, h in cached_before[i].items() if cached.get(b) != h}
+            pushed = [c.source for c in mine if c.kind is CopyKind.OUT]
+            assert cached_before[i].keys() >= set(pushed)
+            assert len(set(pushed)) == len(pushed), "evicted twice"
+            is_full = len(tier.blocks) == tier.num_blocks
+            assert is_full or tier.blocks.keys() >= evicted, "an evicted block was lost"
+            self.seen["swapped out"] += len(pushed)
+            self.seen["swapped in"] += len(brought)
 
     def check_published(self, batch: ScheduledBatch, may_check: list[bool]) -> None:
         """Every block that a step fills can be found, unless its twin was evicted or it may hold NaN."""
@@ -343,6 +411,7 @@ class Oracle:
             if delta.error is not None:
                 forgotten = hashes[int(delta.request_id) * MAX_N + delta.index]
                 assert all(pool.cache.get(h) is None for pool in self.blocks.pools for h in forgotten)
+                assert not any(h in tier for tier in self.blocks.tiers for h in forgotten)
 
     def cached_blocks(self) -> list[dict[int, bytes]]:
         return [dict(pool.cache.hashes) for pool in self.blocks.pools]

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from fairlead.request import BlockTable, Request, SamplingParams, Sequence
+from fairlead.scheduling.batch import CopyKind
 from fairlead.scheduling.block_manager import BlockManager, CachedPrefix, CacheGroup, blocks_per_sequence
 
 SIZE = 4
@@ -45,14 +46,17 @@ def admit(blocks: BlockManager, seq: Sequence) -> CachedPrefix:
 
 
 def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) -> list[tuple[int, int, int]] | None:
-    """Reserves and counts as computed, as a step would; all tokens unless told. A new sequence hits nothing."""
+    """Reserves and counts as computed, as a step would; all tokens unless told. A new sequence hits nothing.
+
+    Returns the copies within the device (group, source, destination), None where it does not fit.
+    """
     if not seq.block_tables:
         seq.block_tables = [BlockTable() for _ in blocks.groups]
     num_tokens = seq.num_tokens - seq.num_computed_tokens if num_tokens is None else num_tokens
-    copies = blocks.reserve(seq, num_tokens)
-    if copies is not None:
-        seq.num_computed_tokens += num_tokens
-    return copies
+    if not blocks.reserve(seq, num_tokens):
+        return None
+    seq.num_computed_tokens += num_tokens
+    return [(c.group, c.source, c.destination) for c in blocks.take_copies() if c.kind is CopyKind.WITHIN]
 
 
 def fork(blocks: BlockManager, parent: Sequence) -> Sequence:
@@ -96,7 +100,7 @@ def test_a_reservation_that_does_not_fit_changes_nothing() -> None:
     assert table(other) == []
     assert blocks.pools[0].num_available == 2
     blocks.check_integrity([seq, other])
-    assert blocks.reserve(other, 2 * SIZE) == []  # the last two blocks
+    assert blocks.reserve(other, 2 * SIZE)  # the last two blocks
 
 
 @pytest.mark.parametrize(
@@ -247,10 +251,11 @@ def test_a_copy_needs_a_block() -> None:
     blocks, parent = manager(1), sequence(SIZE - 1)
     compute(blocks, parent)
     child = fork(blocks, parent)
-    assert blocks.reserve(child, 1) is None
+    assert not blocks.reserve(child, 1)
     assert table(child) == table(parent)
     blocks.free(parent)
-    assert blocks.reserve(child, 1) == []
+    assert blocks.reserve(child, 1)
+    assert blocks.take_copies() == ()
 
 
 def test_unpublished_blocks_are_not_found_and_go_free() -> None:
