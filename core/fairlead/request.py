@@ -226,6 +226,8 @@ class EngineInfo:
     num_blocks: int
     weights_bytes: int
     kv_cache_bytes: int
+    swap_bytes: int = 0  # host memory for KV blocks
+    swap_costs: str = ""  # what moving a block costs against computing it, where there is swap space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ source what the manager believed to be there: a block that is evicted was comput
 step's chunks are held until it is over), and what a host block holds is what the last copy to it brought.
 """
 
-from collections import ChainMap
 from collections.abc import Container, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -59,6 +58,17 @@ class CachedPrefix:
     swapped: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Either:
+    """The hashes that at least one of two places has."""
+
+    device: Container[bytes]
+    host: Container[bytes]
+
+    def __contains__(self, block_hash: object) -> bool:
+        return block_hash in self.device or block_hash in self.host
+
+
 class BlockManager:
     """Paged KV memory as integers. All groups have the same block size, in tokens.
 
@@ -105,8 +115,8 @@ class BlockManager:
         hashes = seq.block_hashes[:num_full]
         prefix = self._prefix(hashes[: self._num_leading(hashes, [pool.cache.blocks for pool in self.pools])])
         if self._swap_costs is not None:
-            both = [ChainMap(pool.cache.blocks, tier.blocks) for pool, tier in zip(self.pools, self.tiers, strict=True)]
-            longer = self._prefix(hashes[: self._num_leading(hashes, both)])
+            either = [_Either(pool.cache.blocks, tier) for pool, tier in zip(self.pools, self.tiers, strict=True)]
+            longer = self._prefix(hashes[: self._num_leading(hashes, either)])
             num_tokens = (longer.num_blocks - prefix.num_blocks) * self.block_size
             if self._swap_costs.pays([len(numbers) for numbers in longer.swapped], num_tokens):
                 return longer

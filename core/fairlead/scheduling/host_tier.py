@@ -53,7 +53,7 @@ class HostTier:
         """Every hash that is held, with its host block; the least recently used one first."""
         return self._block_by_hash
 
-    def __contains__(self, block_hash: bytes) -> bool:
+    def __contains__(self, block_hash: object) -> bool:
         return block_hash in self._block_by_hash
 
     def store(self, block_hash: bytes) -> int | None:

@@ -362,9 +362,7 @@ class Oracle:
                     assert holders_still[i][old[first]] == 1
                     assert old[first] not in cached_before[i]
                 else:
-                    copies.append(
-                        BlockCopy(kind=CopyKind.WITHIN, group=i, source=old[first], destination=table[first])
-                    )
+                    copies.append(BlockCopy(kind=CopyKind.WITHIN, group=i, source=old[first], destination=table[first]))
                     assert chunk.start % self.block_size, "nothing to copy"
                     assert holders_before[i][old[first]] > 1 or old[first] in cached_before[i]
         assert [c for c in batch.block_copies if c.kind is CopyKind.WITHIN] == copies

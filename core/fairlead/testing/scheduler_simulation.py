@@ -4,8 +4,9 @@ A tool for whoever changes the scheduler or the block manager; there is no model
 fills each slot with the identity of the token prefix (salt included) that it stands for, and every chunk is checked to
 read exactly its own prefix, in a group with a sliding window the part of it that its queries see. Copy-on-write, prefix
 hits within a step, blocks that leave a window, eviction, swapping to the host and back, preemption and cache resets are
-right if, and only if, that holds. Models have one full group, one windowed group, or two groups. All of it is checked after each rule; a violation
-is an AssertionError. One seed gives one trace; to see a seed fail:
+right if, and only if, that holds. Models have one full group, one windowed group, or two groups, with host blocks or
+without. All of it is checked after each rule; a violation is an AssertionError. One seed gives one trace; to see a seed
+fail:
 
     python -m fairlead.testing.scheduler_simulation SEED NUM_STEPS
 """
