@@ -35,7 +35,7 @@ def measure(plan: EnginePlan, runner: ModelRunner) -> SwapCosts:
         return seconds(lambda: runner.copy_blocks(copies))
 
     batch = _prompt(plan)
-    token_s = seconds(lambda: runner.execute(batch)) / batch.num_tokens
+    token_s = seconds(lambda: runner.forward(runner.prepare(batch))) / batch.num_tokens
     out_s, in_s, overhead_s = [], [], 0.0
     for group, its in enumerate(plan.cache_groups):
         num_blocks = min(_MAX_BLOCKS, its.num_blocks, its.num_host_blocks)

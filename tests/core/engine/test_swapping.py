@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from fairlead import LLM, RequestOutput, SamplingParams, StructuredOutputParams
 from fairlead.engine import builder
-from fairlead.engine.model_runner import ModelRunner
+from fairlead.engine.model_runner import ModelRunner, PreparedStep
 from fairlead.engine.planner import EnginePlan
-from fairlead.scheduling.batch import ScheduledBatch, StepResult
+from fairlead.scheduling.batch import ScheduledBatch
 from fairlead.scheduling.host_tier import SwapCosts
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
@@ -79,13 +79,13 @@ def generate(llm: LLM) -> list[list[list[int]]]:
 def count_tokens(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Gets the number of tokens of every step."""
     counts: list[int] = []
-    execute = llm.engine._runner.execute
+    prepare = llm.engine._runner.prepare
 
-    def counting(batch: ScheduledBatch, *args: Any) -> StepResult:
+    def counting(batch: ScheduledBatch) -> PreparedStep:
         counts.append(batch.num_tokens)
-        return execute(batch, *args)
+        return prepare(batch)
 
-    monkeypatch.setattr(llm.engine._runner, "execute", counting)
+    monkeypatch.setattr(llm.engine._runner, "prepare", counting)
     return counts
 
 

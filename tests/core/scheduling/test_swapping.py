@@ -18,7 +18,14 @@ def sequence(num_tokens: int, *, first_token: int = 0, n: int = 1, prompt_logpro
     tokens, number = [first_token, *range(1, num_tokens)], next(numbers)
     params = SamplingParams(n=n, prompt_logprobs=prompt_logprobs)
     request = Request(request_id=str(number), prompt_token_ids=tuple(tokens), params=params)
-    return Sequence(seq_id=number * 1000, request=request, index=0, seed=0, token_ids=tokens)
+    return make(request, number * 1000, tokens)
+
+
+def make(request: Request, seq_id: int, token_ids: list[int], index: int = 0) -> Sequence:
+    key = (0.0, seq_id)
+    return Sequence(
+        seq_id=seq_id, request=request, index=index, seed=0, key=key, max_num_tokens=1000, token_ids=token_ids
+    )
 
 
 def manager(
@@ -237,9 +244,7 @@ def test_a_sibling_still_finds_the_prompt() -> None:
     run(blocks, seq)
     seq.token_ids += range(SIZE)
     run(blocks, seq)
-    child = Sequence(
-        seq_id=seq.seq_id + 1, request=seq.request, index=1, seed=1, token_ids=list(seq.request.prompt_token_ids)
-    )
+    child = make(seq.request, seq.seq_id + 1, list(seq.request.prompt_token_ids), index=1)
     assert len(seq.block_hashes) == 3
     blocks.end(seq)
     assert [h in blocks.pools[0].cache.blocks for h in seq.block_hashes] == [True, True, False]
