@@ -97,17 +97,20 @@ def expected(model: Path) -> list[list[list[int]]]:
     return found
 
 
-@pytest.mark.parametrize(("caching", "chunk"), [(True, 2048), (True, 13), (False, 13)])
+@pytest.mark.parametrize(
+    ("caching", "chunk", "is_async"), [(True, 2048, False), (True, 13, True), (False, 13, False), (False, 2048, True)]
+)
 def test_outputs_are_those_without_swap_space(
     model: Path,
     expected: list[list[list[int]]],
     caching: bool,
     chunk: int,
+    is_async: bool,
     decide: Callable[[float, float], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Greedy, seeded and forked requests, on a tenth of the memory, whether blocks come back or are computed."""
-    shared = {"enable_prefix_caching": caching, "max_num_batched_tokens": chunk}
+    shared = {"enable_prefix_caching": caching, "max_num_batched_tokens": chunk, "async_scheduling": is_async}
     computed, few = {}, 0.0
     for name in ("without", "free", "few blocks", "dear"):
         decide(0.0, 1e9 if name == "dear" else 0.0)
