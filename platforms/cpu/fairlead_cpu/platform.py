@@ -58,5 +58,9 @@ class CpuPlatform:
         """The host's memory, or the control group's."""
         return memory.info()
 
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """What the device leaves of the same memory: copies cost less than computing, though nothing more is gained."""
+        return max(self.memory_info().free_bytes - device_bytes, 0)
+
     def synchronize(self) -> None:
         """Nothing to wait for: torch's CPU ops have ended when they return."""
