@@ -3,14 +3,21 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fairlead import LLM, RequestOutput, SamplingParams
+from fairlead.engine import swap_costs
+from fairlead.engine.model_runner import ModelRunner
+from fairlead.engine.planner import EnginePlan
 from fairlead.scheduling.batch import ScheduledBatch
+from fairlead.scheduling.host_tier import SwapCosts
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
+
+if TYPE_CHECKING:
+    import pytest
 
 BLOCK_SIZE = 16
 WINDOW = 24
@@ -96,6 +103,16 @@ def watch(llm: LLM) -> list[ScheduledBatch]:
 
     scheduler.schedule = scheduling  # type: ignore[method-assign]
     return seen
+
+
+def always_swap(monkeypatch: "pytest.MonkeyPatch") -> None:
+    """Lets copies cost nothing, so that engines with swap space use it however little a tiny model takes to compute."""
+
+    def measure(plan: EnginePlan, runner: ModelRunner) -> SwapCosts:
+        nothing = (0.0,) * len(plan.cache_groups)
+        return SwapCosts(out_s=nothing, in_s=nothing, overhead_s=0.0, token_s=1.0)
+
+    monkeypatch.setattr(swap_costs, "measure", measure)
 
 
 def num_partial_chunks(steps: list[ScheduledBatch]) -> int:

@@ -19,11 +19,12 @@ from fairlead import LLM, RequestOutput, SamplingParams
 from fairlead.engine.model_runner import PreparedStep
 from fairlead.engine.planner import number_layers
 from fairlead.interface import AttentionMetadata
-from fairlead.scheduling.batch import ScheduledBatch
+from fairlead.scheduling.batch import CopyKind, ScheduledBatch
 from fairlead.testing.equivalence import (
     BLOCK_SIZE,
     MODELS,
     VOCAB_SIZE,
+    always_swap,
     generate,
     make_llm,
     num_partial_chunks,
@@ -198,9 +199,10 @@ class Poison:
     def forward(self, prepared: PreparedStep) -> torch.Tensor:
         """Copies come first, as they would: a block may be freed by the very step that copies it."""
         dirty = self._dirty.pop(id(prepared))
-        for group, source, destination in prepared.batch.block_copies:
-            self.runner.backends[group].copy_blocks(self.runner.kv_caches[group], [(source, destination)])
-            dirty[group].discard(destination)
+        self.runner.copy_blocks(prepared.batch.block_copies)
+        for copy in prepared.batch.block_copies:
+            if copy.kind is not CopyKind.OUT:
+                dirty[copy.group].discard(copy.destination)
         for group, blocks in enumerate(dirty):
             self.fill(group, blocks)
         return self._forward(replace(prepared, batch=replace(prepared.batch, block_copies=())))
@@ -230,10 +232,14 @@ class Poison:
         {"max_num_batched_tokens": 24, "async_scheduling": True},
         {"num_blocks": 16},
         {"num_blocks": 24, "enable_prefix_caching": True, "async_scheduling": True},
+        {"num_blocks": 24, "enable_prefix_caching": True, "async_scheduling": True, "swap_space": 0.01},
     ],
     ids=str,
 )
-def test_n6_freed_blocks_hold_nan(model: Path, settings: dict[str, Any], count: Callable[..., int]) -> None:
+def test_n6_freed_blocks_hold_nan(
+    model: Path, settings: dict[str, Any], count: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always_swap(monkeypatch)
     prompts, params = prompts_of(*LENGTHS), params_of(count(20, full=120))
     expected = tokens_of(generate(make_llm(model), prompts, params))
     llm = make_llm(model, **settings)
@@ -245,6 +251,7 @@ def test_n6_freed_blocks_hold_nan(model: Path, settings: dict[str, Any], count: 
     assert poison.num_poisoned > num_at_start + 40
     assert (stats.num_preemptions > 0) == ("num_blocks" in settings)
     assert (stats.num_prefix_hits > 0) == ("enable_prefix_caching" in settings)
+    assert (stats.num_blocks_swapped_in > 0) == ("swap_space" in settings)
 
 
 def test_n6_a_poisoned_block_that_is_held_would_show(model: Path) -> None:

@@ -23,6 +23,7 @@ from fairlead.testing.equivalence import (
     MODELS,
     VOCAB_SIZE,
     Tokens,
+    always_swap,
     generate,
     make_llm,
     num_partial_chunks,
@@ -64,7 +65,10 @@ FEATURES = {
     "chunking": Feature(
         settings={"max_num_batched_tokens": 24}, happened=lambda run: num_partial_chunks(run.steps) > len(LENGTHS)
     ),
-    "preemption": Feature(settings={"num_blocks": 12}, happened=lambda run: run.stats.num_preemptions > 0),
+    "preemption": Feature(settings={"num_blocks": 10}, happened=lambda run: run.stats.num_preemptions > 0),
+    "swap": Feature(
+        settings={"num_blocks": 10, "swap_space": 0.01}, happened=lambda run: run.stats.num_blocks_swapped_in > 0
+    ),
     "async": Feature(
         settings={"async_scheduling": True},
         happened=lambda run: any(chunk.source_row is not None for step in run.steps for chunk in step.chunks),
@@ -133,21 +137,28 @@ def open_llm(directory: Path, **settings: Any) -> LLM:
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.combinations(FEATURES, 2)))
 def test_two_features_at_once_change_no_token(
-    models: dict[str, Path], llms: dict[str, LLM], first: str, second: str, count: Callable[..., int]
+    models: dict[str, Path],
+    llms: dict[str, LLM],
+    first: str,
+    second: str,
+    count: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    always_swap(monkeypatch)
     pair = FEATURES[first], FEATURES[second]
     model = "window" if "window" in (pair[0].model, pair[1].model) else "full"
-    for seed in (*KEPT_SEEDS, *range(count(1, full=30))):
+    for seed in (*KEPT_SEEDS, *range(count(1, full=10))):
         prompts, params = requests_of(seed, pair)
         expected = plain(llms[model], prompts, params)
         assert share_distinct(expected[::2]) >= 0.5
-        llm = open_llm(models[model], **pair[0].settings, **pair[1].settings)
+        llm = open_llm(models[model], **{**pair[0].settings, **pair[1].settings})
         steps = watch(llm)
         for _ in range(1 + llm.config.cache.enable_prefix_caching):
             outputs = generate(llm, prompts, params)
             assert tokens_of(outputs) == expected, f"seed {seed}"
         run = Run(stats=llm.engine.stats(), steps=steps, outputs=outputs)
-        assert all(feature.happened(run) for feature in pair), f"seed {seed}"
+        for name, feature in zip((first, second), pair, strict=True):
+            assert feature.happened(run), f"seed {seed}: there was no {name}"
         llm.close()
 
 
