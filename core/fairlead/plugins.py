@@ -358,6 +358,7 @@ _PLATFORM_MEMBERS = (
     "attention",
     "ops",
     "memory_info",
+    "memory_profile",
     "synchronize",
 )
 

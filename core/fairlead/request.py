@@ -226,6 +226,8 @@ class EngineInfo:
     num_blocks: int
     weights_bytes: int
     kv_cache_bytes: int
+    activation_bytes: int = 0  # the most that a step takes beside these
+    activations_measured: bool = False  # in a step of the loaded model, rather than estimated from its shapes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

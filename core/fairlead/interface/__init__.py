@@ -7,7 +7,7 @@ checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` retu
 import pluggy
 
 from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
-from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.memory import MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
@@ -28,6 +28,7 @@ __all__ = [
     "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
+    "MemoryProfile",
     "MoeSpec",
     "OpProvider",
     "Platform",
