@@ -1,7 +1,8 @@
 """What a piece of work takes of this process's memory, at its peak. No torch.
 
-Where Linux lets a process reset its own high-water mark, that is exact to the page; else a thread samples. Pages of
-mapped files that the work is the first to touch (code of libraries) count in the first, so it is a little too careful.
+Where Linux lets a process reset its own high-water mark, that tells the peak to within some dozens of pages per
+processor, in which it counts; else a thread samples. Pages of mapped files that the work is the first to touch, such as
+code of libraries, count too.
 Source: proc_pid_status(5) and proc_pid_clear_refs(5), the value 5.
 """
 
