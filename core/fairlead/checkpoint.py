@@ -31,6 +31,11 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in the file."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
