@@ -34,7 +34,8 @@ def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
 
 
 def _run(runner: ModelRunner, batch: ScheduledBatch) -> None:
-    runner.execute(batch)
+    prepared = runner.prepare(batch)
+    runner.sample(prepared, runner.forward(prepared), contexts={}, bitmask=None)
 
 
 def largest_step(plan: EnginePlan, num_blocks: Seq[int]) -> ScheduledBatch:

@@ -218,7 +218,8 @@ def least_activations(model: torch.nn.Module, shape: ModelShape, settings: Negot
     the logits with one copy of them."""
     sizes = [tuple(p.shape) for p in model.parameters() if p.dim() == 2]
     widest = max((sum(size) for size in sizes if shape.vocab_size not in size), default=0)
-    num_tokens, item_bytes = settings.max_num_batched_tokens, getattr(torch, settings.dtype).itemsize
+    num_tokens = settings.max_num_batched_tokens
+    item_bytes: int = getattr(torch, settings.dtype).itemsize
     num_rows = min(settings.max_num_seqs, num_tokens)
     return num_tokens * (2 * shape.hidden_size + widest) * item_bytes + 2 * num_rows * shape.vocab_size * 4
 

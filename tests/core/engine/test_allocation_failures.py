@@ -6,6 +6,7 @@ allocator, apart. Quick runs take every 23rd k, full ones all from 1 to 500.
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,27 @@ def allocated(platform: CpuPlatform) -> int:
     return sum(platform.allocator.allocated_bytes(tag) for tag in ("weights", "kv_cache"))
 
 
+@contextmanager
+def failing_steps(engine: EngineCore, ops: FailingOps) -> Iterator[FailingOps]:
+    """The operators of steps fail, in whichever thread they run; modes are a thread's own."""
+    runner, names = engine._runner, ("prepare", "forward", "sample")
+
+    def within(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            with ops:
+                return method(*args)
+
+        return call
+
+    for name in names:
+        setattr(runner, name, within(getattr(runner, name)))
+    try:
+        yield ops
+    finally:
+        for name in names:
+            delattr(runner, name)
+
+
 def run(engine: EngineCore, prefix: str = "") -> dict[str, list[int]]:
     """The tokens of every prompt, all at once; one with several samples, one with penalties and log-probabilities."""
     params: dict[str, dict[str, Any]] = {
@@ -115,9 +137,9 @@ def check_idle(engine: EngineCore) -> None:
     assert (stats.num_requests_running, stats.num_requests_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
 
 
-@pytest.fixture
-def engine(model: Path, platforms: list[CpuPlatform]) -> Iterator[EngineCore]:
-    engine = EngineCore(EngineConfig.of(model=str(model), **SETTINGS))
+@pytest.fixture(params=[False, True], ids=["one step at a time", "asynchronous"])
+def engine(request: pytest.FixtureRequest, model: Path, platforms: list[CpuPlatform]) -> Iterator[EngineCore]:
+    engine = EngineCore(EngineConfig.of(model=str(model), async_scheduling=request.param, **SETTINGS))
     yield engine
     engine.close()
 
@@ -125,13 +147,13 @@ def engine(model: Path, platforms: list[CpuPlatform]) -> Iterator[EngineCore]:
 def test_memory_that_runs_out_in_a_step_ends_its_requests_and_no_more(engine: EngineCore, points: range) -> None:
     expected = run(engine)
     engine.reset_prefix_cache()
-    counting = FailingOps(0)
-    with counting:
+    with failing_steps(engine, FailingOps(0)) as counting:
         assert run(engine) == expected
     assert counting.num_calls > LAST
     for k in points:
         engine.reset_prefix_cache()
-        with FailingOps(k), pytest.raises(MemoryError, match="cannot allocate the result of"):
+        failure = pytest.raises(MemoryError, match="cannot allocate the result of")
+        with failing_steps(engine, FailingOps(k)), failure:
             run(engine, f"{k}.")
         check_idle(engine)
         assert run(engine, f"{k}.") == expected, "the ids are free again, and nothing of the failed step is reused"
@@ -192,7 +214,7 @@ def test_an_llm_answers_the_next_prompt(model: Path, platforms: list[CpuPlatform
     expected = answers()
     for k in points[::4]:
         llm.reset_prefix_cache()
-        with FailingOps(k), pytest.raises(MemoryError):
+        with failing_steps(llm.engine, FailingOps(k)), pytest.raises(MemoryError):
             answers()
         check_idle(llm.engine)
         assert answers() == expected

@@ -34,6 +34,7 @@ def test_the_largest_step_fills_every_limit(
         max_num_batched_tokens=num_tokens,
         attention_backend="sdpa",
         device_memory_utilization=0.5,
+        async_scheduling=False,
     )
     num_blocks = [blocks_per_sequence(window, longest, block_size, num_tokens) for window in windows]
     groups = tuple(CacheGroup(num_blocks=1, sliding_window=window) for window in windows)

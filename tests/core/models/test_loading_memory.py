@@ -57,7 +57,7 @@ print(num_bytes, peak - before)
 
 
 def write_checkpoint(directory: Path, family: str, dtype: torch.dtype, scale: int) -> int:
-    """A model like Llama in four shards of like size, each tensor's neighbours in other shards; returns the largest file's size."""
+    """A model like Llama in four shards, each tensor's neighbours in other ones; returns the largest file's size."""
     E, F, V, L = 256 * scale, 512 * scale, 4096 * scale, 8
     config = {
         "architectures": [f"{family}ForCausalLM"], "model_type": family.lower(), "vocab_size": V, "hidden_size": E,
@@ -110,6 +110,5 @@ def test_the_peak_is_the_model_and_one_shard(
     assert num_bytes > 90 * MIB
     assert peak <= num_bytes + shard_bytes + SLACK_BYTES
     assert peak >= num_bytes - MIB, "the measurement sees what is loaded"
-    print(
-        f"{family}, {stored} to {loaded}: model {num_bytes / MIB:.0f} MiB, shard {shard_bytes / MIB:.0f}, peak {peak / MIB:.0f}"
-    )
+    sizes = f"model {num_bytes / MIB:.0f} MiB, shard {shard_bytes / MIB:.0f}, peak {peak / MIB:.0f}"
+    print(f"{family}, {stored} to {loaded}: {sizes}")

@@ -21,8 +21,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Called by the test itself: what a fixture puts in the place of stderr, pytest replaces again."""
     found = Terminal()
     monkeypatch.setattr(sys, "stderr", found)
     monkeypatch.setenv("TERM", "xterm")
@@ -32,7 +32,8 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     return found
 
 
-def test_a_terminal_sees_how_far_it_is(terminal: Terminal) -> None:
+def test_a_terminal_sees_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
     with loading_bar(3 * 2**20) as advance:
         advance(2**20)
         advance(2 * 2**20)
@@ -41,8 +42,9 @@ def test_a_terminal_sees_how_far_it_is(terminal: Terminal) -> None:
     assert "3.0/3.0 MiB" in shown
 
 
-def test_the_cursor_comes_back_before_anything_is_loaded(terminal: Terminal) -> None:
+def test_the_cursor_comes_back_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server kills the process that loads; nobody would show the cursor again."""
+    terminal = use_terminal(monkeypatch)
     with loading_bar(1):
         shown = terminal.getvalue()
         assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
