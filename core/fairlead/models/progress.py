@@ -23,3 +23,20 @@ def loading_bar(total_bytes: int) -> Iterator[Callable[[int], None]]:
         console.show_cursor(True)  # a process that is killed while it loads could not show it again
         task = progress.add_task("load", total=total_bytes)
         yield lambda num_bytes: progress.advance(task, num_bytes)
+
+
+@contextmanager
+def transformers_bar() -> Iterator[None]:
+    """Lets transformers, where it loads a model itself, show its own bar only where ours would be."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    disable: Callable[[], None] = logging.disable_progress_bar
+    enable: Callable[[], None] = logging.enable_progress_bar
+    disable()
+    try:
+        yield
+    finally:
+        enable()

@@ -1,6 +1,7 @@
 """The bar of the bytes that are loaded: for people at a terminal only."""
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig, ModelConfig
 from fairlead.engine.planner import plan_engine
+from fairlead.errors import CheckpointError
 from fairlead.models import loader
 from fairlead.models.progress import loading_bar
+from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
 
 
@@ -54,6 +57,31 @@ def test_nobody_else_sees_anything(capsys: pytest.CaptureFixture[str]) -> None:
     with loading_bar(100) as advance:
         advance(100)
     assert capsys.readouterr() == ("", "")
+
+
+def test_nor_of_transformers_where_that_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from transformers.utils import logging
+
+    write_tiny_checkpoint(tmp_path, "granite")
+    was_enabled = logging.is_progress_bar_enabled()
+    plan = plan_engine(EngineConfig.of(model=str(tmp_path), num_blocks=40))
+    capfd.readouterr()
+    loader.load_weights(plan.build_model(), plan.checkpoint, plan.platform.allocator)
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled() == was_enabled
+
+
+def test_an_index_without_metadata_is_told_in_one_line(tmp_path: Path) -> None:
+    """Transformers, which loads this one, cannot do without."""
+    write_tiny_checkpoint(tmp_path, "granite")
+    names = Checkpoint.open(ModelConfig(model=str(tmp_path))).tensors()
+    index = {"weight_map": dict.fromkeys(names, "part.safetensors")}
+    (tmp_path / "model.safetensors").rename(tmp_path / "part.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    plan = plan_engine(EngineConfig.of(model=str(tmp_path), num_blocks=40))
+    with pytest.raises(CheckpointError, match="transformers cannot load it: KeyError: 'metadata'") as raised:
+        loader.load_weights(plan.build_model(), plan.checkpoint, plan.platform.allocator)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("tie", [False, True])
