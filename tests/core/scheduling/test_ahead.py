@@ -3,7 +3,7 @@
 import pytest
 from fake_worker import EOS, Engine, starts
 
-from fairlead.request import FinishReason, Request, SamplingParams
+from fairlead.request import FinishReason, Request, SamplingParams, TokenLogprobs
 from fairlead.scheduling.batch import SampledToken
 from fairlead.scheduling.policy import Priority
 
@@ -132,7 +132,9 @@ def test_contexts_hold_all_tokens_before_the_sampled_ones() -> None:
     )
     engine.scheduler.abort("edited")
     assert engine.scheduler.sample_contexts(second) == {}
-    assert not engine.step().edits_logits
+    third = engine.step()
+    assert not third.edits_logits
+    assert engine.scheduler.sample_contexts(third) == {}
 
 
 def test_a_beam_takes_one_token() -> None:
@@ -148,3 +150,39 @@ def test_an_error_of_the_sampler_ends_a_sequence() -> None:
     engine.add("a", 3)
     (delta,) = engine.scheduler.update(engine.scheduler.schedule(), [SampledToken(token_id=None, error="no")])
     assert (delta.error, delta.finish_reason) == ("no", FinishReason.ERROR)
+
+
+def test_a_sequence_that_no_step_can_take_is_asked_for_by_its_id() -> None:
+    engine = Engine()
+    engine.add("a", 3)
+    assert engine.scheduler.has_request("a")
+    sequence = engine.scheduler.find_sequence(0)
+    assert sequence is not None
+    assert sequence.request.request_id == "a"
+    engine.scheduler.abort("a")
+    assert engine.scheduler.find_sequence(0) is None
+    assert not engine.scheduler.has_request("a")
+
+
+def test_a_token_that_completes_a_grammar_ends_its_sequence() -> None:
+    engine = Engine()
+    engine.add("a", 3)
+    (delta,) = engine.scheduler.update(engine.scheduler.schedule(), [SampledToken(token_id=7, ends_sequence=True)])
+    assert (delta.token_ids, delta.finish_reason, delta.stop_reason) == ((7,), FinishReason.STOP, None)
+
+
+def test_prompt_logprobs_are_gathered_chunk_by_chunk_though_the_next_is_scheduled() -> None:
+    engine = Engine(budget=4)
+    engine.add("a", 10, prompt_logprobs=1, max_tokens=1)
+    row = [TokenLogprobs(token_ids=(i,), logprobs=(0.0,), rank=1) for i in range(9)]
+    first, second = engine.scheduler.schedule(), engine.scheduler.schedule()
+    assert engine.scheduler.update(first, [], {0: row[:4]}) == []
+    third = engine.scheduler.schedule()
+    assert [c.extras and c.extras.prompt_targets for b in (first, second, third) for c in b.chunks] == [
+        (11, 12, 13, 14),
+        (15, 16, 17, 18),
+        (19,),
+    ]
+    engine.scheduler.update(second, [], {0: row[4:8]})
+    (delta,) = engine.scheduler.update(third, [SampledToken(token_id=1)], {0: row[8:]})
+    assert delta.prompt_logprobs == tuple(row)
