@@ -51,13 +51,12 @@ def _with_swap(built: BuiltEngine) -> BuiltEngine:
     if not any(num_host_blocks):
         return built
     runner.allocate_host_cache(num_host_blocks)
-    costs: SwapCosts | None = swap_costs.measure(plan, runner)
-    assert costs is not None
+    costs = swap_costs.measure(plan, runner)
     text = swap_costs.describe(costs, plan.settings.block_size)
-    swap_bytes = plan.info.swap_bytes
-    if not costs.ever_pays(plan.settings.block_size):
-        costs, swap_bytes, text = None, 0, f"{text}; swap_space is not used, since that never pays"
+    pays = costs.ever_pays(plan.settings.block_size)
+    if not pays:
+        text += "; swap_space is not used, since that never pays"
         runner.free_host_cache()
     logger.info("swap space: %s", text)
-    info = replace(plan.info, swap_bytes=swap_bytes, swap_costs=text)
-    return BuiltEngine(plan=replace(plan, info=info), runner=runner, swap_costs=costs)
+    info = replace(plan.info, swap_bytes=plan.info.swap_bytes if pays else 0, swap_costs=text)
+    return BuiltEngine(plan=replace(plan, info=info), runner=runner, swap_costs=costs if pays else None)

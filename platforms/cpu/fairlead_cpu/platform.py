@@ -59,7 +59,7 @@ class CpuPlatform:
         return memory.info()
 
     def max_swap_bytes(self, device_bytes: int) -> int | None:
-        """What the device leaves of the same memory: copies cost less than computing, though nothing more is gained."""
+        """The device computes in the memory of the host: what it leaves of that."""
         return max(self.memory_info().free_bytes - device_bytes, 0)
 
     def synchronize(self) -> None:
