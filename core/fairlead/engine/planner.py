@@ -96,6 +96,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     num_blocks = size_cache(
         config.cache, settings, platform, windows, block_bytes, weights_bytes, activation_bytes=activation_bytes
     )
+    num_host_blocks = size_swap(config.cache, platform, num_blocks, block_bytes, weights_bytes)
     return EnginePlan(
         checkpoint=checkpoint,
         model_config=model_config,
@@ -106,7 +107,8 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         op_providers=op_providers,
         backends=backends,
         cache_groups=tuple(
-            CacheGroup(num_blocks=n, sliding_window=window) for n, window in zip(num_blocks, windows, strict=True)
+            CacheGroup(num_blocks=n, sliding_window=window, num_host_blocks=num_host)
+            for n, window, num_host in zip(num_blocks, windows, num_host_blocks, strict=True)
         ),
         info=EngineInfo(
             model=config.model.served_model_name or config.model.model,
@@ -122,6 +124,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
             weights_bytes=weights_bytes,
             kv_cache_bytes=sum(n * size for n, size in zip(num_blocks, block_bytes, strict=True)),
             activation_bytes=activation_bytes,
+            swap_bytes=sum(n * size for n, size in zip(num_host_blocks, block_bytes, strict=True)),
         ),
     )
 
@@ -192,6 +195,8 @@ def negotiate(
     if backend is None:
         reasons.append(f"attention_backend {wanted} (it has {', '.join(names)})")
     is_async = config.scheduler.async_scheduling
+    if config.cache.swap_space > 0 and platform.max_swap_bytes(0) is None:
+        reasons.append(f"swap_space {config.cache.swap_space} (it cannot copy KV blocks to host memory)")
     settings = Negotiated(
         dtype=dtype,
         block_size=block_size,
@@ -281,3 +286,32 @@ def size_cache(
             f"({sequence_bytes / 2**20:.1f} MiB), but there are {num_blocks} ({cache_mib:.1f} MiB); {remedy}"
         )
     return tuple(num_blocks * n // most for n in per_sequence)
+
+
+def size_swap(
+    config: CacheConfig, platform: Platform, num_blocks: Seq[int], block_bytes: Seq[int], weights_bytes: int
+) -> tuple[int, ...]:
+    """Number of host blocks of each group, in the proportions of the KV cache; none without swap space.
+
+    The weights are still to be loaded. Raises KVCacheMemoryError if the host has less memory than was asked for, or
+    if that holds no block of some group.
+    """
+    if config.swap_space == 0:
+        return (0,) * len(num_blocks)
+    cache_bytes = sum(n * size for n, size in zip(num_blocks, block_bytes, strict=True))
+    available_bytes = platform.max_swap_bytes(weights_bytes + cache_bytes)
+    assert available_bytes is not None
+    swap_bytes = int(config.swap_space * 2**30)
+    if swap_bytes > available_bytes:
+        raise KVCacheMemoryError(
+            f"swap_space {config.swap_space} needs {config.swap_space:.2f} GiB of host memory, but beside model and "
+            f"KV cache {available_bytes / 2**30:.2f} GiB are available; set --swap-space to less"
+        )
+    num_host_blocks = tuple(swap_bytes * n // cache_bytes for n in num_blocks)
+    if min(num_host_blocks) == 0:
+        least_bytes = -(-cache_bytes // min(num_blocks))
+        raise KVCacheMemoryError(
+            f"swap_space {config.swap_space} ({swap_bytes} bytes) does not hold one KV block of every kind of layer; "
+            f"set --swap-space to at least {least_bytes / 2**30:.9f}, or to 0"
+        )
+    return num_host_blocks

@@ -6,7 +6,14 @@ checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` retu
 
 import pluggy
 
-from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
+from fairlead.interface.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionShape,
+    AttentionSpec,
+    HostCache,
+    KVCache,
+)
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
@@ -25,6 +32,7 @@ __all__ = [
     "Capabilities",
     "Defaults",
     "Device",
+    "HostCache",
     "KVCache",
     "LogitsProcessor",
     "MemoryAllocator",

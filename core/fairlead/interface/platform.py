@@ -45,6 +45,13 @@ class Platform(Protocol):
         """
         ...
 
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """Host memory in bytes that swapped KV blocks may take now, once `device_bytes` more of the device are used.
+
+        None if the attention backends cannot copy blocks to the host and back.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Waits until the device has done all that was asked of it."""
         ...

@@ -63,5 +63,9 @@ class CpuPlatform:
         """By this process's own account with the system."""
         return memory_profile.profile(work)
 
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """The device computes in the memory of the host: what it leaves of that."""
+        return max(self.memory_info().free_bytes - device_bytes, 0)
+
     def synchronize(self) -> None:
         """Nothing to wait for: torch's CPU ops have ended when they return."""

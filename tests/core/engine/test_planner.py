@@ -25,6 +25,7 @@ from fairlead.interface import (
 from fairlead.models.config import ModelShape
 from fairlead.ops import reference
 from fairlead.plugins import PlatformRecord
+from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_cpu.platform import CpuPlatform
 
@@ -317,6 +318,60 @@ def test_more_than_the_device_has(model: Path, platform: AcmePlatform, settings:
     with pytest.raises(KVCacheMemoryError, match=r"KV blocks need .* MiB, but the device has 1048576\.0 MiB in all"):
         build(model, **settings)
     assert platform.allocator.allocated_bytes("weights") == 0
+
+
+GIB = 2**30
+
+
+def test_swap_space_is_shared_out_as_the_cache_is(tmp_path: Path, platform: AcmePlatform) -> None:
+    write_tiny_checkpoint(tmp_path, "gemma2", settings={"sliding_window": 24})
+    plan = planner.plan_engine(EngineConfig.of(model=str(tmp_path), num_blocks=64, max_num_batched_tokens=16))
+    assert [group.num_host_blocks for group in plan.cache_groups] == [0, 0]
+    assert (plan.info.swap_bytes, plan.info.swap_costs) == (0, "")
+    swap_space = 2.5 * plan.info.kv_cache_bytes / GIB
+    settings = {"num_blocks": 64, "max_num_batched_tokens": 16, "swap_space": swap_space}
+    plan = planner.plan_engine(EngineConfig.of(model=str(tmp_path), **settings))
+    assert len({group.num_blocks for group in plan.cache_groups}) == 2
+    assert [g.num_host_blocks for g in plan.cache_groups] == [int(2.5 * g.num_blocks) for g in plan.cache_groups]
+    assert 0.98 * swap_space * GIB <= plan.info.swap_bytes <= swap_space * GIB
+
+
+def test_swap_space_must_fit_beside_weights_and_cache(
+    model: Path, platform: AcmePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = WEIGHTS_BYTES + 64 * 16 * TOKEN_BYTES
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=taken + GIB // 2)
+    plan = planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.5))
+    assert plan.info.swap_bytes == GIB // 2
+    with pytest.raises(
+        KVCacheMemoryError, match=r"needs 0\.75 GiB of host memory, but .* 0\.50 GiB are available; set --swap-space"
+    ):
+        planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=0)
+    with pytest.raises(KVCacheMemoryError, match=r"0\.00 GiB are available"):
+        planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
+
+
+def test_swap_space_holds_a_block_at_least(model: Path, platform: AcmePlatform) -> None:
+    block_bytes = 16 * TOKEN_BYTES
+    plan = planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=block_bytes / GIB))
+    assert [group.num_host_blocks for group in plan.cache_groups] == [1]
+    with pytest.raises(KVCacheMemoryError, match="does not hold one KV block") as error:
+        planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=(block_bytes - 1) / GIB))
+    found = re.search(r"--swap-space to at least ([0-9.]+), or to 0", str(error.value))
+    assert found is not None
+    assert float(found[1]) == pytest.approx(block_bytes / GIB, rel=1e-3)
+
+
+def test_a_platform_that_cannot_swap_says_so(
+    model: Path, platform: AcmePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "max_swap_bytes", lambda device_bytes: None)
+    assert planner.plan_engine(EngineConfig.of(model=str(model))).info.swap_bytes == 0
+    with pytest.raises(
+        ConfigError, match=r"platform 'acme' cannot .*: swap_space 4 \(it cannot copy KV blocks to host"
+    ):
+        planner.plan_engine(EngineConfig.of(model=str(model), swap_space=4))
 
 
 def test_an_endless_context_is_refused_before_its_tables_are_made(tmp_path: Path, platform: AcmePlatform) -> None:
