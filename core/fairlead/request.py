@@ -248,6 +248,8 @@ class EngineInfo:
     num_blocks: int
     weights_bytes: int
     kv_cache_bytes: int
+    activation_bytes: int = 0  # the most that a step takes beside these
+    activations_measured: bool = False  # in a step of the loaded model, rather than estimated from its shapes
     swap_bytes: int = 0  # host memory for KV blocks
     swap_costs: str = ""  # what moving a block costs against computing it, where there is swap space
 

@@ -30,6 +30,9 @@ def engine_lines(info: EngineInfo, asked: PlatformConfig) -> dict[str, str]:
         "attention": info.attention_backend,
         "KV cache": f"{info.num_blocks} blocks = {num_tokens} tokens = {num_tokens / info.max_model_len:.1f} concurrent"
         f" requests × {info.max_model_len} tokens ({info.kv_cache_bytes / 2**30:.2f} GiB)",
+        "step": f"at most {info.activation_bytes / 2**30:.2f} GiB more, measured"
+        if info.activations_measured
+        else f"at least {info.activation_bytes / 2**30:.2f} GiB more, estimated from the model's shapes",
     }
     return lines | ({"swap": f"{info.swap_bytes / 2**30:.2f} GiB; {info.swap_costs}"} if info.swap_costs else {})
 

@@ -14,7 +14,7 @@ from fairlead.interface.attention import (
     HostCache,
     KVCache,
 )
-from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.memory import MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
@@ -37,6 +37,7 @@ __all__ = [
     "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
+    "MemoryProfile",
     "MoeSpec",
     "OpProvider",
     "Platform",

@@ -333,8 +333,10 @@ class Oracle:
         left = self.budget
         for i, chunk in enumerate(chunks):
             behind = [s for s in stayed if s.key > keys[chunk.seq_id]] if i < num_going else []
-            going_before = [s for s in admitted if s.key < keys[chunk.seq_id]] if i < num_going else []
-            num_promised = sum(c.num_tokens for c in chunks if c.seq_id in [s.seq_id for s in going_before[:1]])
+            # Tokens are kept for the first new one in line, which may still find no memory once the others have theirs.
+            new = [s for s in [*admitted, *scheduler.waiting] if s.seq_id not in before][: i < num_going]
+            longest = self.setup.max_chunk or self.budget
+            num_promised = sum(min(s.num_tokens, longest) for s in new if s.key < keys[chunk.seq_id])
             num_behind = len(behind) + num_promised + (len(victims) if i < num_going else 0)
             self._check_chunk(chunk, left - num_behind, left - len(behind), is_new=i >= num_going)
             left -= chunk.num_tokens

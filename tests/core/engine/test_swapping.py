@@ -213,8 +213,10 @@ def test_nan_does_not_come_back_from_the_host(tmp_path: Path, decide: Callable[[
 
 def test_costs_are_measured_and_told(model: Path) -> None:
     llm = make_llm(model, num_blocks=64, swap_space=0.01)
-    costs = builder.swap_costs.measure(builder.plan_engine(llm.config), llm.engine._runner)
-    num_groups = len(llm.engine.scheduler.blocks.groups)
+    plan, runner = builder.plan_engine(llm.config), llm.engine._runner
+    runner.allocate_host_cache([group.num_host_blocks for group in plan.cache_groups])  # if they did not pay
+    costs = builder.swap_costs.measure(plan, runner)
+    num_groups = len(plan.cache_groups)
     assert len(costs.in_s) == len(costs.out_s) == num_groups
     assert min(*costs.in_s, *costs.out_s, costs.token_s) > 0
     assert costs.overhead_s >= 0
