@@ -3,21 +3,17 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fairlead import LLM, RequestOutput, SamplingParams
-from fairlead.engine import swap_costs
 from fairlead.engine.model_runner import ModelRunner
 from fairlead.engine.planner import EnginePlan
 from fairlead.scheduling.batch import ScheduledBatch
 from fairlead.scheduling.host_tier import SwapCosts
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
-
-if TYPE_CHECKING:
-    import pytest
 
 BLOCK_SIZE = 16
 WINDOW = 24
@@ -105,14 +101,10 @@ def watch(llm: LLM) -> list[ScheduledBatch]:
     return seen
 
 
-def always_swap(monkeypatch: "pytest.MonkeyPatch") -> None:
-    """Lets copies cost nothing, so that engines with swap space use it however little a tiny model takes to compute."""
-
-    def measure(plan: EnginePlan, runner: ModelRunner) -> SwapCosts:
-        nothing = (0.0,) * len(plan.cache_groups)
-        return SwapCosts(out_s=nothing, in_s=nothing, overhead_s=0.0, token_s=1.0)
-
-    monkeypatch.setattr(swap_costs, "measure", measure)
+def free_copies(plan: EnginePlan, runner: ModelRunner) -> SwapCosts:
+    """In place of `swap_costs.measure`: engines with swap space use it, however little a tiny model takes to compute."""
+    nothing = (0.0,) * len(plan.cache_groups)
+    return SwapCosts(out_s=nothing, in_s=nothing, overhead_s=0.0, token_s=1.0)
 
 
 def num_partial_chunks(steps: list[ScheduledBatch]) -> int:
