@@ -7,6 +7,7 @@ checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` retu
 import pluggy
 
 from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
+from fairlead.interface.linear import UNQUANTIZED, LinearMethod, LinearShape
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
@@ -17,6 +18,7 @@ hookimpl = pluggy.HookimplMarker("fairlead")
 
 __all__ = [
     "PLATFORM_API",
+    "UNQUANTIZED",
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionShape",
@@ -25,6 +27,8 @@ __all__ = [
     "Defaults",
     "Device",
     "KVCache",
+    "LinearMethod",
+    "LinearShape",
     "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from fairlead.interface.attention import AttentionBackend, AttentionShape
+from fairlead.interface.linear import LinearMethod
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo
 from fairlead.interface.spec import Capabilities, Defaults, Device, OpProvider
 
@@ -31,6 +32,13 @@ class Platform(Protocol):
 
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
         """The platform's own providers by op name; an op without one runs its reference."""
+        ...
+
+    def linear_methods(self) -> Mapping[str, tuple[LinearMethod, ...]]:
+        """The platform's own ways to store and multiply linear weights, by scheme, the preferred one first.
+
+        A scheme without one runs its reference (`fairlead.ops.linear`).
+        """
         ...
 
     def memory_info(self) -> MemoryInfo:

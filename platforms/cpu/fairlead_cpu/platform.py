@@ -11,6 +11,7 @@ from fairlead.interface import (
     Capabilities,
     Defaults,
     Device,
+    LinearMethod,
     MemoryAllocator,
     MemoryInfo,
     OpProvider,
@@ -53,6 +54,10 @@ class CpuPlatform:
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
         """Torch's own fused kernels where it has them; native kernels register here too."""
         return PROVIDERS
+
+    def linear_methods(self) -> Mapping[str, tuple[LinearMethod, ...]]:
+        """None of its own yet: torch's matmul behind the op `linear`."""
+        return {}
 
     def memory_info(self) -> MemoryInfo:
         """The host's memory, or the control group's."""
