@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    Forward = Callable[[torch.Tensor, torch.Tensor, object], torch.Tensor]
+    Forward = Callable[..., torch.Tensor]
 
 
 class GraphRunner(Protocol):
