@@ -106,7 +106,9 @@ class CacheConfig:
 class SchedulerConfig:
     """What one step may hold."""
 
-    max_num_seqs: int = setting(256, "Sequences that run at the same time, at most.")
+    max_num_seqs: int = setting(
+        256, "Sequences that run at the same time, at most; the platform may have a lower limit."
+    )
     max_num_batched_tokens: int | None = setting(
         None, "Tokens of one step, at most; longer prompts are computed in chunks. The platform's choice if not given."
     )

@@ -13,16 +13,12 @@ def refusal(platform: Platform, reasons: Seq[str]) -> ConfigError:
     return ConfigError(f"platform {platform.name!r} cannot run this model so: {'; '.join(reasons)}")
 
 
-def step_reasons(
-    platform: Platform, graph_runner: GraphRunner, *, max_num_seqs: int, max_num_batched_tokens: int
-) -> list[str]:
-    """Why steps of these limits cannot run."""
+def step_reasons(platform: Platform, graph_runner: GraphRunner, *, max_num_batched_tokens: int) -> list[str]:
+    """Why steps of so many tokens cannot run."""
     capabilities, reasons = platform.capabilities, []
     most = capabilities.max_batched_tokens
     if most is not None and max_num_batched_tokens > most:
         reasons.append(f"max_num_batched_tokens {max_num_batched_tokens} (at most {most})")
-    if capabilities.max_num_seqs is not None and max_num_seqs > capabilities.max_num_seqs:
-        reasons.append(f"max_num_seqs {max_num_seqs} (at most {capabilities.max_num_seqs})")
     if capabilities.static_shapes and max_num_batched_tokens > graph_runner.buckets[-1]:
         largest = graph_runner.buckets[-1]
         reasons.append(f"max_num_batched_tokens {max_num_batched_tokens} (its largest static shape has {largest} rows)")

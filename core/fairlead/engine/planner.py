@@ -81,12 +81,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     platform = plugins.create(record, device)
     settings, reasons = negotiate(config, checkpoint, shape, platform)
     graph_runner = platform.graph_runner()
-    reasons += step_reasons(
-        platform,
-        graph_runner,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_batched_tokens=settings.max_num_batched_tokens,
-    )
+    reasons += step_reasons(platform, graph_runner, max_num_batched_tokens=settings.max_num_batched_tokens)
     try:
         context, op_providers = _context(config, platform, settings)
         # A model of one position tells its weights and layers, before anything as long as the context is made.
@@ -195,7 +190,7 @@ def negotiate(
         dtype=dtype,
         block_size=block_size,
         max_model_len=max_model_len,
-        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_seqs=min(config.scheduler.max_num_seqs, capabilities.max_num_seqs or config.scheduler.max_num_seqs),
         max_num_batched_tokens=max_batched,
         attention_backend=backend or wanted,
         device_memory_utilization=config.cache.device_memory_utilization or defaults.device_memory_utilization,

@@ -34,7 +34,7 @@ class ToyTensor(torch.Tensor):
         return self._held.tolist()
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Computes on what the tensors hold; results stay on the device, unless they are wanted elsewhere."""
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs or {})
         _refuse_host_tensors(func, given)

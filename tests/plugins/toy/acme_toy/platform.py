@@ -20,7 +20,7 @@ from fairlead.ops.graph import smallest_bucket
 from fairlead.ops.memory import PooledAllocator
 from fairlead.ops.platform import BasicPlatform
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+BUCKETS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
 
 class ToyPlatform(BasicPlatform):
@@ -71,7 +71,7 @@ class ToyPlatform(BasicPlatform):
 class ToyGraphRunner:
     """Runs steps of the sizes that it has seen while the engine started, from inputs at fixed places."""
 
-    buckets = BUCKETS
+    buckets: tuple[int, ...] = BUCKETS
 
     def __init__(self) -> None:
         self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
