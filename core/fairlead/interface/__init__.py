@@ -14,6 +14,7 @@ from fairlead.interface.memory import TAGS, MemoryAllocator, MemoryInfo
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
+from fairlead.interface.scheduling import QueuedRequest, SchedulingPolicy
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
 from fairlead.interface.streams import Event, Stream
 
@@ -43,6 +44,8 @@ __all__ = [
     "OpProvider",
     "Platform",
     "PlatformSpec",
+    "QueuedRequest",
+    "SchedulingPolicy",
     "Stream",
     "hookimpl",
 ]

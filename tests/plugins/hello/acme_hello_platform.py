@@ -1,6 +1,7 @@
 """The hello accelerator: what its device is, and references for all the rest."""
 
 import torch
+
 from fairlead.interface import MemoryInfo
 from fairlead.ops.platform import BasicPlatform
 
