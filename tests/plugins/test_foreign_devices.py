@@ -23,7 +23,7 @@ COMPARE = """
 import json, sys
 from fairlead import LLM, SamplingParams, StructuredOutputParams
 
-prompts = ["ROMEO:", "The king", "a", "To be, or not to be" * 5, "JULIET:\nO"]
+prompts = ["ROMEO:", "The king", "a", "To be, or not to be" * 5]
 cases = {
     "greedy": {"temperature": 0},
     "seeded": {"temperature": 0.9, "seed": 5},
@@ -40,7 +40,7 @@ engines = {name: LLM("demo", platform=name, **settings) for name in ("cpu", sys.
 found = {}
 for name, llm in engines.items():
     for case, params in cases.items():
-        outputs = llm.generate(prompts, SamplingParams(max_tokens=10, **params))
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=8, **params))
         found.setdefault(case, []).append([list(o.token_ids) for output in outputs for o in output.outputs])
 print(json.dumps({case: one == other for case, (one, other) in found.items()}))
 print(json.dumps(found["greedy"][0]))
@@ -56,7 +56,7 @@ def test_a_strangers_platform_gives_the_cpus_tokens_beside_it_in_one_process(run
     equal, tokens = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     assert equal == dict.fromkeys(equal, True)
     assert len(equal) == 9
-    assert all(len(ids) == 10 for ids in tokens)
+    assert all(len(ids) == 8 for ids in tokens)
 
 
 def skip_without_toy(run: Run) -> None:

@@ -5,12 +5,11 @@ operation on it comes here and is computed there. As on a real device, host tens
 numbers and indices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_map
 
 _HOST_FRIENDLY = ("copy_", "_copy_from", "index", "index_put_", "index_put", "set_")  # may take host tensors
 
@@ -41,7 +40,7 @@ class ToyTensor(torch.Tensor):
         target = given.get("device")
         if isinstance(given.get("other"), torch.Tensor) and "aten::to.other" in str(func._schema):
             target = given["other"].device
-        held = tree_map(_unwrap, given)
+        held = {name: _map(_unwrap, value) for name, value in given.items()}
         if target is not None:
             held["device"] = "cpu"
         positional = [held.pop(a.name) for a in func._schema.arguments if not a.kwarg_only and a.name in held]
@@ -52,12 +51,19 @@ class ToyTensor(torch.Tensor):
             return found[0] if len(found) == 1 else found
         if target is not None and torch.device(target).type != "toy":
             return result
-        return tree_map(_wrap, result)
+        return _map(_wrap, result)
 
 
 def held_by(tensor: torch.Tensor) -> torch.Tensor:
     """What a tensor of the toy holds; any other tensor itself."""
     return tensor._held if isinstance(tensor, ToyTensor) else tensor
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Changes a value, or each one of a list or tuple: more there is not in the arguments of an operation."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([change(v) for v in value])
+    return change(value)
 
 
 def _unwrap(value: Any) -> Any:
