@@ -203,6 +203,22 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, expected: str) -> None
     assert str(file) in str(raised.value)
 
 
+def test_the_providers_of_a_platform(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = invoke(capsys, "platforms", "--ops", "cpu")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["KIND", "NAME", "PROVIDER", "PRIORITY", "CHOSEN", "FOR", "REFUSES"]
+    assert ["op", "rms_norm", "torch", "10", "bfloat16,", "float32"] in rows
+    assert ["op", "rms_norm", "reference", "0"] in rows
+    code, out, _ = invoke(capsys, "platforms", "--ops", "cpu", "--json")
+    entries = json.loads(out)
+    assert code == 0
+    for kind, name in (("attention", ""), ("linear", "unquantized"), ("linear", "int8"), ("op", "draw")):
+        found = [e for e in entries if (e["kind"], e["name"]) == (kind, name)]
+        assert sorted(dtype for e in found for dtype in e["chosen_for"]) == ["bfloat16", "float32"]
+    assert "there is no platform 'acme'" in fails(capsys, 1, "platforms", "--ops", "acme")
+
+
 @pytest.mark.parametrize("arguments", ["--help", "serve --help", "run --help", "platforms", "--version"])
 def test_what_only_informs_imports_nothing_heavy(arguments: str) -> None:
     code = (

@@ -34,7 +34,7 @@ def build(config: EngineConfig) -> BuiltEngine:
         found.backends,
         block_size=found.settings.block_size,
         device=found.platform.torch_device,
-        apply_token_bitmask=found.context.ops.apply_token_bitmask,
+        ops=found.context.ops,
         graph_runner=found.graph_runner,
     )
     runner.allocate_cache([1] * len(found.backends))

@@ -1,6 +1,6 @@
 """Runs one step on one platform: the only place where model, cache, attention backends and sampler meet."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import cast
@@ -12,6 +12,7 @@ from fairlead.engine.padded_model import PaddedModel
 from fairlead.interface import AttentionBackend, GraphRunner, KVCache
 from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
+from fairlead.ops.table import Ops
 from fairlead.request import TokenLogprobs
 from fairlead.sampling.logprobs import token_logprobs
 from fairlead.sampling.sampler import SamplingBatch, sample
@@ -44,7 +45,7 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
-        apply_token_bitmask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        ops: Ops,
         graph_runner: GraphRunner,
     ) -> None:
         self.model = cast(CausalLM, model)
@@ -53,7 +54,7 @@ class ModelRunner:
         self.kv_caches: list[list[KVCache]] = []
         self.padding_blocks: tuple[int, ...] = ()
         self.block_size, self.device = block_size, device
-        self._apply_token_bitmask = apply_token_bitmask
+        self._ops = ops
         self._sampled_R: torch.Tensor | None = None  # by the latest step, on the device
 
     def allocate_cache(self, num_blocks: Seq[int]) -> None:
@@ -101,7 +102,7 @@ class ModelRunner:
         if samplers:
             logits_RV = self.padded.logits(hidden_TE[prepared.inputs.sample_rows_R])
             allowed_RV = None if bitmask is None else self._masked(logits_RV, bitmask.wait())
-            sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV)
+            sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV, self._ops)
         return StepResult(sampled=sampled, prompt_logprobs=self._prompt_logprobs(batch, hidden_TE))
 
     def _prompt_logprobs(self, batch: ScheduledBatch, hidden_TE: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
@@ -124,8 +125,8 @@ class ModelRunner:
     def _masked(self, logits_RV: torch.Tensor, bitmask: TokenBitmask) -> torch.Tensor:
         words = torch.from_numpy(bitmask.words_RW).to(self.device)
         if len(bitmask.rows_R) == len(logits_RV):
-            return self._apply_token_bitmask(logits_RV, words)
+            return self._ops.apply_token_bitmask(logits_RV, words)
         rows = torch.from_numpy(bitmask.rows_R).to(self.device)
         masked_RV = logits_RV.clone()
-        masked_RV[rows] = self._apply_token_bitmask(logits_RV[rows], words)
+        masked_RV[rows] = self._ops.apply_token_bitmask(logits_RV[rows], words)
         return masked_RV

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from fairlead import LLM, SamplingParams
 from fairlead.config import EngineConfig
 from fairlead.engine import builder, planner
 from fairlead.errors import ConfigError, PluginContractError
@@ -194,6 +195,30 @@ def test_the_platform_is_right_before_it_is_broken(tmp_path: Path, platform: Acm
     built = build(tmp_path)
     wrapped = [v for m in built.runner.model.modules() for v in vars(m).values() if type(v).__name__ == "FirstCall"]  # type: ignore[attr-defined]
     assert wrapped == []  # later steps pay nothing for the check
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("draw", {"temperature": 1.0}),
+        ("draw_filtered", {"temperature": 1.0, "top_k": 5}),
+        ("apply_penalties", {"temperature": 0.0, "presence_penalty": 0.1}),
+    ],
+)
+def test_sampling_runs_on_the_platforms_ops(tmp_path: Path, platform: Acme, name: str, params: dict[str, Any]) -> None:
+    calls = []
+
+    def fn(*args: Any) -> Any:
+        calls.append(name)
+        return getattr(reference, name)(*args)
+
+    model = str(write_tiny_llama(tmp_path, num_layers=1))
+    platform.ops = lambda: {name: (OpProvider(name="own", fn=fn),)}  # type: ignore[method-assign]
+    for overrides, num_calls in (((), 3), ((f"{name}=reference",), 0)):
+        calls.clear()
+        llm = LLM(model, skip_tokenizer_init=True, num_blocks=40, op_providers=overrides)
+        llm.generate([{"prompt_token_ids": [1, 2]}], SamplingParams(max_tokens=3, seed=0, ignore_eos=True, **params))
+        assert len(calls) == num_calls
 
 
 @pytest.mark.parametrize("fault", FAULTS)
