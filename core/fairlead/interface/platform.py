@@ -72,5 +72,8 @@ class Platform(Protocol):
         ...
 
     def seed(self, seed: int) -> None:
-        """Seeds the device's random generators. The core's own sampling does not use them; foreign model code may."""
+        """Seeds the device's random generators, for tests and for foreign model code that draws from them.
+
+        The core's own sampling does not, and an engine in a user's process leaves them alone.
+        """
         ...
