@@ -102,7 +102,7 @@ def watch(llm: LLM) -> list[ScheduledBatch]:
 
 
 def free_copies(plan: EnginePlan, runner: ModelRunner) -> SwapCosts:
-    """In place of `swap_costs.measure`: engines with swap space use it, however little a tiny model takes to compute."""
+    """In place of `swap_costs.measure`, so that swap space is used however little a tiny model takes to compute."""
     nothing = (0.0,) * len(plan.cache_groups)
     return SwapCosts(out_s=nothing, in_s=nothing, overhead_s=0.0, token_s=1.0)
 
