@@ -7,6 +7,7 @@
 
 #include "attention_cache.h"
 #include "attention_kernels.h"
+#include "attention_tiles.h"
 #include "pool.h"
 
 namespace attention {
@@ -87,7 +88,7 @@ struct Layer {
 
   size_t buffer_units(int rows) const {
     size_t per_row = query_stride + kWeightStride + kScoreStride + 3 + simd::kWidth + 2 * columns + sizeof(Row) / 4;
-    return rows * per_row + kTileSegments * shape.segment_units() + 2 * columns + 10 * 16;
+    return rows * per_row + kTileSegments * shape.segment_units() + 12 * 16;
   }
 
   Buffers buffers() const {
@@ -99,7 +100,7 @@ struct Layer {
       return at;
     };
     Buffers b;
-    b.tile = take(kTileSegments * shape.segment_units() + 2 * columns);
+    b.tile = take(kTileSegments * shape.segment_units());
     b.rows = reinterpret_cast<Row*>(take(n * sizeof(Row) / 4));
     b.queries = reinterpret_cast<A*>(take(n * query_stride));
     b.weights = reinterpret_cast<A*>(take(n * kWeightStride));
@@ -141,13 +142,59 @@ struct Layer {
     }
   }
 
+  // The tile's scores, [begin, end) of them, of all rows.
+  void scores(int num_rows, int begin, int end, const Tile<Kv>& tile, const Buffers& b) const {
+    const int first = begin / kSegment, count = (end - begin) / kSegment;
+    if constexpr (Kv::kTiled) {
+#if defined(__AMX_BF16__)
+      const int depth = tile_depth(shape.key_units());
+      configure_tiles(depth);
+      auto keys = [&tile, first, depth](int k, int s) { return tile.keys[first + s] + k * depth * kSegment; };
+      tile_product<false>((num_rows + kTileRows - 1) / kTileRows, count, b.queries, query_stride, keys, kSegment,
+                          shape.key_units() / depth, depth, b.scores + begin, kScoreStride);
+#endif
+    } else {
+      auto keys = [&tile, first](int k, int s) { return tile.keys[first + s] + k * kSegment; };
+      product<Kv>(num_rows, count, b.queries, query_stride, keys, shape.key_units(), b.scores + begin, kScoreStride,
+                  nullptr);
+    }
+  }
+
+  // values = values * factor + weights * the tile's values, over its keys [begin, end).
+  void add_values(int num_rows, int begin, int end, const Tile<Kv>& tile, const Buffers& b) const {
+    if constexpr (Kv::kTiled) {
+#if defined(__AMX_BF16__)
+      for (int r = 0; r < num_rows; r++) {
+        if (b.factor[r] == 1.0f) continue;
+        float* row = b.values + r * columns;
+        for (int i = 0; i < columns; i += simd::kWidth)
+          simd::store(row + i, simd::load(row + i) * simd::set1(b.factor[r]));
+      }
+      const int grain = Tile<Kv>::grain(shape), depth = grain / Kv::kPair;
+      configure_tiles(depth);
+      auto values = [&tile, begin, grain](int k, int s) {
+        return tile.values[(begin + k * grain) / kSegment] + s * kSegment;
+      };
+      tile_product<true>((num_rows + kTileRows - 1) / kTileRows, columns / kSegment,
+                         b.weights + begin / Kv::kPair, kWeightStride, values, columns, (end - begin) / grain, depth,
+                         b.values, columns);
+#endif
+    } else {
+      constexpr int kPerSegment = kSegment / Kv::kPair;
+      const uint32_t* const* rows = tile.values + begin / kSegment;
+      auto values = [this, rows](int k, int s) {
+        return rows[k / kPerSegment] + k % kPerSegment * columns + s * kSegment;
+      };
+      product<Kv>(num_rows, columns / kSegment, b.weights + begin / Kv::kPair * Kv::kStep, kWeightStride, values,
+                  (end - begin) / Kv::kPair, b.values, columns, b.factor);
+    }
+  }
+
   void run_tile(int num_rows, int kv_head, const int32_t* table, int start, int low, int high, const Buffers& b) const {
     Tile<Kv> tile;
     tile.load(shape, cache, table, kv_head, start, low, high, b.tile);
-    const int begin = low / kSegment * kSegment, end = (high + kSegment - 1) / kSegment * kSegment;
-    auto keys = [&tile, begin](int k, int s) { return tile.keys[begin / kSegment + s] + k * kSegment; };
-    product<Kv>(num_rows, (end - begin) / kSegment, b.queries, query_stride, keys, shape.key_units(), b.scores + begin,
-                kScoreStride, nullptr);
+    const int grain = Tile<Kv>::grain(shape), begin = low / grain * grain, end = (high + grain - 1) / grain * grain;
+    scores(num_rows, begin, end, tile, b);
     const bool is_plain = shape.soft_cap == 0 && !shape.alibi_slopes;
     for (int r = 0; r < num_rows; r++) {
       const Row& row = b.rows[r];
@@ -157,10 +204,7 @@ struct Layer {
                       is_plain ? shape.scale * kLog2E : 1.0f, b.best + r, b.factor + r, b.sums + r * simd::kWidth,
                       b.weights + r * kWeightStride);
     }
-    const int first = low / Kv::kPair, count = (high + Kv::kPair - 1) / Kv::kPair - first;
-    auto values = [&tile, first](int k, int s) { return tile.values[first + k] + s * kSegment; };
-    product<Kv>(num_rows, columns / kSegment, b.weights + first * Kv::kStep, kWeightStride, values, count, b.values,
-                columns, b.factor);
+    add_values(num_rows, begin, end, tile, b);
   }
 
   void run_span(const Unit& unit, int span, int kv_head, int low, int high, const Buffers& b) const {

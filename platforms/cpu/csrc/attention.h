@@ -8,9 +8,9 @@
 // Juravsky et al., "Hydragen" (2024), section 3.1, one pass over a shared prefix for many sequences.
 //
 // The cache comes in two layouts, both of them blocks one after the other:
-// * packed, for blocks of whole segments of kSegment tokens: per block, kv-head and segment the keys transposed,
-//   [ceil(D / P)][kSegment][P], then the values, [kSegment / P][Dv][P]. P is 2 for bfloat16, as the dot-product
-//   instructions read pairs, and 1 for float32; so an entry is 4 bytes either way: a "unit".
+// * packed, for blocks of whole segments of kSegment tokens: per block and kv-head the keys of each segment transposed,
+//   [block size / kSegment][ceil(D / P)][kSegment][P], then the values, [block size / P][Dv][P]. P is 2 for bfloat16, as
+//   the dot-product instructions read pairs, and 1 for float32; so an entry is 4 bytes either way: a "unit".
 // * plain, for other block sizes and for latent attention, whose keys hold the values: per token and kv-head D entries
 //   of the key, then D of the value. A tile is packed on the fly.
 #pragma once
@@ -18,7 +18,7 @@
 
 namespace attention {
 
-constexpr int kSegment = 16, kTile = 64, kSpan = 256;
+constexpr int kSegment = 16, kTile = 64, kSpan = 512;
 constexpr int kTileSegments = kTile / kSegment;
 
 struct Shape {  // the same in fairlead_cpu/native_attention.py
@@ -34,15 +34,17 @@ struct Shape {  // the same in fairlead_cpu/native_attention.py
   int key_units() const { return (head_size + pair() - 1) / pair(); }  // of one token
   int value_columns() const { return (value_size + kSegment - 1) / kSegment * kSegment; }
   int64_t segment_key_units() const { return int64_t{key_units()} * kSegment; }
-  int64_t segment_units() const { return segment_key_units() + int64_t{kSegment} / pair() * value_columns(); }
+  int64_t segment_value_units() const { return int64_t{kSegment} / pair() * value_columns(); }
+  int64_t segment_units() const { return segment_key_units() + segment_value_units(); }
+  int64_t head_units() const { return block_size / kSegment * segment_units(); }  // of a block and kv-head
   int64_t plain_row() const { return int64_t{head_size} * (is_latent ? 1 : 2); }  // in elements, per token and kv-head
   int64_t block_bytes() const {
-    if (is_packed()) return segment_units() * 4 * (block_size / kSegment) * num_kv_heads;
+    if (is_packed()) return head_units() * 4 * num_kv_heads;
     return plain_row() * (is_bf16 ? 2 : 4) * num_kv_heads * block_size;
   }
   // Rows (a query token and a head of the group) that one unit of work takes at most: its accumulators stay in cache.
-  static constexpr int kMaxRows = 48;
-  int max_rows() const { return value_columns() <= 96 ? kMaxRows : value_columns() <= 256 ? 24 : 12; }
+  static constexpr int kMaxRows = 64;
+  int max_rows() const { return value_columns() <= 96 ? kMaxRows : value_columns() <= 256 ? 32 : 16; }
   int first_seen(int position) const {
     return sliding_window > 0 && position >= sliding_window ? position - sliding_window + 1 : 0;
   }

@@ -43,6 +43,7 @@ struct Float32 {
   using A = float;
   using Element = float;
   static constexpr int kPair = 1, kStep = 1, kDegree = 7;
+  static constexpr bool kTiled = false;
   static Vf multiply(Vf sum, const A* a, const uint32_t* b) {
     return simd::fma(simd::set1(*a), simd::load(reinterpret_cast<const float*>(b)), sum);
   }
@@ -55,6 +56,11 @@ struct Bfloat16 {  // pairs of bfloat16 on both sides
   using A = uint32_t;
   using Element = simd::bf16;
   static constexpr int kPair = 2, kStep = 1, kDegree = 4;
+#if defined(__AMX_BF16__)
+  static constexpr bool kTiled = true;  // attention_tiles.h
+#else
+  static constexpr bool kTiled = false;
+#endif
   static Vf multiply(Vf sum, const A* a, const uint32_t* b) {
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)),
                              reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(*a))))};
@@ -70,6 +76,7 @@ struct Bfloat16 {  // pairs of floats times pairs of bfloat16
   using A = float;
   using Element = simd::bf16;
   static constexpr int kPair = 2, kStep = 2, kDegree = 4;
+  static constexpr bool kTiled = false;
   static Vf multiply(Vf sum, const A* a, const uint32_t* b) {
     sum = simd::fma(simd::set1(a[0]), low(b), sum);
     return simd::fma(simd::set1(a[1]), high(b), sum);
