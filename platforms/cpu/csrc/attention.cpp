@@ -42,7 +42,7 @@ template <class Kv>
 void merge(Partial* into, const Partial& part, int columns) {
   float best = part.best > into->best ? part.best : into->best;
   Vf shift = simd::set1(best == -kInfinity ? 0.0f : best);
-  Vf old = exp2<Kv::kDegree>(simd::set1(into->best) - shift), now = exp2<Kv::kDegree>(simd::set1(part.best) - shift);
+  Vf old = exp2<Kv::kExact>(simd::set1(into->best) - shift), now = exp2<Kv::kExact>(simd::set1(part.best) - shift);
   for (int i = 0; i < columns; i += simd::kWidth) {
     Vf sum = simd::load(into->values + i) * old;
     simd::store(into->values + i, simd::fma(simd::load(part.values + i), now, sum));
@@ -67,6 +67,11 @@ struct Layer {
   float* partials;
   const int columns = shape.value_columns();
   const int query_stride = shape.key_units() * Kv::kStep;
+  const bool is_linear = shape.soft_cap == 0 && !shape.alibi_slopes;  // the scores, in the dot products
+#if defined(__AMX_BF16__)
+  const TileConfig score_tiles{tile_depth(shape.key_units())};
+  const TileConfig value_tiles{Tile<Kv>::grain(shape) / Kv::kPair};
+#endif
 
   static constexpr int kWeightStride = kTile * Kv::kStep / Kv::kPair;
 
@@ -82,7 +87,8 @@ struct Layer {
     Row* rows;
     A* queries;
     A* weights;
-    float *scores, *best, *total, *factor, *sums, *values, *merged;
+    float *scores, *total, *values, *merged;
+    RowSums sums;
     uint32_t* tile;
   };
 
@@ -106,10 +112,10 @@ struct Layer {
     b.weights = reinterpret_cast<A*>(take(n * kWeightStride));
     auto floats = [&take](size_t count) { return reinterpret_cast<float*>(take(count)); };
     b.scores = floats(n * kScoreStride);
-    b.best = floats(n);
     b.total = floats(n);
-    b.factor = floats(n);
-    b.sums = floats(n * simd::kWidth);
+    b.sums.best = floats(n);
+    b.sums.factor = floats(n);
+    b.sums.lanes = floats(n * simd::kWidth);
     b.values = floats(n * columns);
     b.merged = floats(n * columns);
     return b;
@@ -147,8 +153,8 @@ struct Layer {
     const int first = begin / kSegment, count = (end - begin) / kSegment;
     if constexpr (Kv::kTiled) {
 #if defined(__AMX_BF16__)
-      const int depth = tile_depth(shape.key_units());
-      configure_tiles(depth);
+      const int depth = score_tiles.depth;
+      if (value_tiles.depth != depth) _tile_loadconfig(&score_tiles);
       auto keys = [&tile, first, depth](int k, int s) { return tile.keys[first + s] + k * depth * kSegment; };
       tile_product<false>((num_rows + kTileRows - 1) / kTileRows, count, b.queries, query_stride, keys, kSegment,
                           shape.key_units() / depth, depth, b.scores + begin, kScoreStride);
@@ -165,13 +171,13 @@ struct Layer {
     if constexpr (Kv::kTiled) {
 #if defined(__AMX_BF16__)
       for (int r = 0; r < num_rows; r++) {
-        if (b.factor[r] == 1.0f) continue;
+        if (b.sums.factor[r] == 1.0f) continue;
         float* row = b.values + r * columns;
         for (int i = 0; i < columns; i += simd::kWidth)
-          simd::store(row + i, simd::load(row + i) * simd::set1(b.factor[r]));
+          simd::store(row + i, simd::load(row + i) * simd::set1(b.sums.factor[r]));
       }
-      const int grain = Tile<Kv>::grain(shape), depth = grain / Kv::kPair;
-      configure_tiles(depth);
+      const int depth = value_tiles.depth, grain = depth * Kv::kPair;
+      if (score_tiles.depth != depth) _tile_loadconfig(&value_tiles);
       auto values = [&tile, begin, grain](int k, int s) {
         return tile.values[(begin + k * grain) / kSegment] + s * kSegment;
       };
@@ -186,7 +192,7 @@ struct Layer {
         return rows[k / kPerSegment] + k % kPerSegment * columns + s * kSegment;
       };
       product<Kv>(num_rows, columns / kSegment, b.weights + begin / Kv::kPair * Kv::kStep, kWeightStride, values,
-                  (end - begin) / Kv::kPair, b.values, columns, b.factor);
+                  (end - begin) / Kv::kPair, b.values, columns, b.sums.factor);
     }
   }
 
@@ -195,28 +201,32 @@ struct Layer {
     tile.load(shape, cache, table, kv_head, start, low, high, b.tile);
     const int grain = Tile<Kv>::grain(shape), begin = low / grain * grain, end = (high + grain - 1) / grain * grain;
     scores(num_rows, begin, end, tile, b);
-    const bool is_plain = shape.soft_cap == 0 && !shape.alibi_slopes;
     for (int r = 0; r < num_rows; r++) {
       const Row& row = b.rows[r];
       float* scores = b.scores + r * kScoreStride;
-      if (!is_plain) transform_scores(shape, scores, begin, end, start - row.position, row.slope);
-      softmax_row<Kv>(scores, begin, end, std::max(row.low - start, begin), std::min(row.high - start, end),
-                      is_plain ? shape.scale * kLog2E : 1.0f, b.best + r, b.factor + r, b.sums + r * simd::kWidth,
-                      b.weights + r * kWeightStride);
+      if (!is_linear) transform_scores(shape, scores, begin, end, start - row.position, row.slope);
+      if (row.low > start + begin || row.high < start + end)
+        hide_scores(scores, begin, end, row.low - start, row.high - start);
     }
+    const float scale = is_linear ? shape.scale * kLog2E : 1.0f;
+    A* weights = b.weights + begin / Kv::kPair * Kv::kStep;
+    if (end - begin == kTile)
+      softmax_tile<Kv, kTile / simd::kWidth>(num_rows, b.scores, 0, scale, b.sums, weights, kWeightStride);
+    else
+      softmax_tile<Kv, 0>(num_rows, b.scores + begin, (end - begin) / simd::kWidth, scale, b.sums, weights, kWeightStride);
     add_values(num_rows, begin, end, tile, b);
   }
 
   void run_span(const Unit& unit, int span, int kv_head, int low, int high, const Buffers& b) const {
     const int32_t* table = plan.tables + plan.runs()[unit.first_run].sequence * plan.table_stride;
-    std::fill(b.best, b.best + unit.num_rows, -kInfinity);
-    std::memset(b.sums, 0, sizeof(float) * unit.num_rows * simd::kWidth);
+    std::fill(b.sums.best, b.sums.best + shape.max_rows(), -kInfinity);
+    std::memset(b.sums.lanes, 0, sizeof(float) * unit.num_rows * simd::kWidth);
     std::memset(b.values, 0, sizeof(float) * unit.num_rows * columns);
     for (int start = span * kSpan; start < (span + 1) * kSpan; start += kTile) {
       int from = std::max(low - start, 0), to = std::min(high - start, kTile);
       if (from < to) run_tile(unit.num_rows, kv_head, table, start, from, to, b);
     }
-    for (int r = 0; r < unit.num_rows; r++) b.total[r] = simd::reduce_add(simd::load(b.sums + r * simd::kWidth));
+    for (int r = 0; r < unit.num_rows; r++) b.total[r] = simd::reduce_add(simd::load(b.sums.lanes + r * simd::kWidth));
   }
 
   void put_out(Element* to, const Partial& p) const {
@@ -230,6 +240,9 @@ struct Layer {
   void run_unit(const Unit& unit, int kv_head) const {
     const Buffers b = buffers();
     gather_rows(unit, kv_head, b);
+#if defined(__AMX_BF16__)
+    if (Kv::kTiled && score_tiles.depth == value_tiles.depth) _tile_loadconfig(&score_tiles);
+#endif
     int low = b.rows[0].low, high = b.rows[0].high;
     for (int r = 1; r < unit.num_rows; r++) {
       low = std::min(low, b.rows[r].low);
@@ -242,7 +255,7 @@ struct Layer {
     for (int i = 0; i < unit.num_spans; i++) {
       run_span(unit, unit.first_span + i, kv_head, low, high, b);
       for (int r = 0; r < unit.num_rows; r++) {
-        Partial part{b.best[r], b.total[r], b.values + r * columns};
+        Partial part{b.sums.best[r], b.total[r], b.values + r * columns};
         if (unit.is_partial) {
           float* to = b.rows[r].partials;
           to[0] = part.best;

@@ -1,6 +1,7 @@
 // The inner loops of paged attention, for a few rows at a time: scores, softmax, weighted values. See attention.h.
 // What a row gets does not depend on how many rows share a call: each has its own chain of operations.
 #pragma once
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -11,6 +12,7 @@ namespace attention {
 
 using simd::Vf;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kLog2E = 1.44269504f;
 constexpr int kVectors = kSegment / simd::kWidth;  // in a segment
 static_assert(kSegment % simd::kWidth == 0, "a segment is whole vectors");
@@ -21,29 +23,43 @@ constexpr int kRows = 4, kWide = 1;
 #endif
 constexpr int kScoreStride = kTile + kSegment;  // floats; the mask's last vector may reach beyond the tile
 
-// 2^x for x <= 0, exactly 1 for 0 and 0 below -150; NaN for NaN. A Taylor polynomial of the fraction.
-template <int Degree>
+// 2^x for x <= 0: exactly 1 for 0, 0 for -infinity, NaN for NaN; within 1e-4 of it, or 1e-7 if Exact.
+#if defined(FL_SIMD_AVX512)
+// 2^floor(x) times a polynomial of the fraction, of the least largest relative error among those that are 1 at 0.
+template <bool Exact>
+inline Vf exp2(Vf x) {
+  Vf r = {_mm512_reduce_ps(x.v, 1)};  // x - floor(x), and 0 for -infinity
+  constexpr float kRough[] = {1, 0.695116789f, 0.227644981f, 0.0770670512f};
+  constexpr float kExact[] = {1,           0.693147044f,   0.240229306f,  0.0554852806f,
+                              0.0096754516f, 0.00124678461f, 0.000216129164f};
+  constexpr int kDegree = Exact ? 6 : 3;
+  Vf p = simd::set1(Exact ? kExact[kDegree] : kRough[kDegree]);
+#pragma GCC unroll 8
+  for (int i = kDegree - 1; i >= 0; i--) p = simd::fma(p, r, simd::set1(Exact ? kExact[i] : kRough[i]));
+  return {_mm512_scalef_ps(p.v, x.v)};  // takes the floor itself
+}
+#else
+// By the Taylor polynomial of the distance to the nearest whole number.
+template <bool Exact>
 inline Vf exp2(Vf x) {
   x = simd::max(simd::set1(-252.0f), x);
   Vf n = simd::round(x), r = (x - n) * simd::set1(0.693147181f);
   constexpr float kInverse[] = {1, 1, 1.0f / 2, 1.0f / 6, 1.0f / 24, 1.0f / 120, 1.0f / 720, 1.0f / 5040};
-  Vf p = simd::set1(kInverse[Degree]);
+  constexpr int kDegree = Exact ? 7 : 4;
+  Vf p = simd::set1(kInverse[kDegree]);
 #pragma GCC unroll 8
-  for (int i = Degree - 1; i >= 0; i--) p = simd::fma(p, r, simd::set1(kInverse[i]));
-#if defined(FL_SIMD_AVX512)
-  return {_mm512_scalef_ps(p.v, n.v)};
-#else
+  for (int i = kDegree - 1; i >= 0; i--) p = simd::fma(p, r, simd::set1(kInverse[i]));
   Vf half = simd::round(n * simd::set1(0.5f));
   return p * simd::exp2_of_int(half) * simd::exp2_of_int(n - half);
-#endif
 }
+#endif
 
 // What a kernel multiplies with what is in the cache. A is an entry of the left side, of which kStep go with a unit.
 struct Float32 {
   using A = float;
   using Element = float;
-  static constexpr int kPair = 1, kStep = 1, kDegree = 7;
-  static constexpr bool kTiled = false;
+  static constexpr int kPair = 1, kStep = 1;
+  static constexpr bool kTiled = false, kExact = true;
   static Vf multiply(Vf sum, const A* a, const uint32_t* b) {
     return simd::fma(simd::set1(*a), simd::load(reinterpret_cast<const float*>(b)), sum);
   }
@@ -55,7 +71,8 @@ struct Float32 {
 struct Bfloat16 {  // pairs of bfloat16 on both sides
   using A = uint32_t;
   using Element = simd::bf16;
-  static constexpr int kPair = 2, kStep = 1, kDegree = 4;
+  static constexpr int kPair = 2, kStep = 1;
+  static constexpr bool kExact = false;
 #if defined(__AMX_BF16__)
   static constexpr bool kTiled = true;  // attention_tiles.h
 #else
@@ -75,8 +92,8 @@ struct Bfloat16 {  // pairs of bfloat16 on both sides
 struct Bfloat16 {  // pairs of floats times pairs of bfloat16
   using A = float;
   using Element = simd::bf16;
-  static constexpr int kPair = 2, kStep = 2, kDegree = 4;
-  static constexpr bool kTiled = false;
+  static constexpr int kPair = 2, kStep = 2;
+  static constexpr bool kTiled = false, kExact = false;
   static Vf multiply(Vf sum, const A* a, const uint32_t* b) {
     sum = simd::fma(simd::set1(a[0]), low(b), sum);
     return simd::fma(simd::set1(a[1]), high(b), sum);
@@ -203,41 +220,60 @@ inline void transform_scores(const Shape& shape, float* s, int begin, int end, i
   }
 }
 
-// One row of a tile: scores s, of which [low, high) are seen, to weights p. Raises `best`, gives in `factor` what the
-// sums so far must be multiplied with, and adds the weights to `sums` (kWidth of them). [begin, end) are whole segments.
-template <class Kv>
-inline void softmax_row(float* s, int begin, int end, int low, int high, float scale, float* best, float* factor,
-                        float* sums, typename Kv::A* p) {
-  constexpr int kEntries = Kv::kStep * simd::kWidth / Kv::kPair;  // of p in a vector
+// Of a row's scores [begin, end), whole segments, those outside [low, high) become -infinity.
+inline void hide_scores(float* s, int begin, int end, int low, int high) {
   const Vf none = simd::set1(-kInfinity);
-  if (high <= low) {
-    for (int i = begin; i < end; i += simd::kWidth) Kv::store(p + i / simd::kWidth * kEntries, simd::zero());
-    *factor = 1.0f;
-    return;
-  }
-  for (int i = begin; i < low; i += simd::kWidth) simd::store_n(s + i, none, low - i < simd::kWidth ? low - i : simd::kWidth);
-  for (int i = high; i < end; i += simd::kWidth) simd::store(s + i, none);
-  Vf most = none;
-  for (int i = begin; i < end; i += simd::kWidth) {
-    Vf x = simd::load(s + i) * simd::set1(scale);
-    simd::store(s + i, x);
-    most = simd::max(most, x);
-  }
-  float tile_best = simd::reduce_max(most);
-  float new_best = tile_best > *best ? tile_best : *best;
-  Vf shift = simd::set1(new_best == -kInfinity ? 0.0f : new_best);
+  for (int i = begin; i < std::min(low, end); i += simd::kWidth) simd::store_n(s + i, none, std::min(low - i, simd::kWidth));
+  for (int i = std::max(high, begin); i < end; i += simd::kWidth) simd::store(s + i, none);
+}
+
+template <int Vectors>
+inline float largest(const float* s, int num_vectors) {
+  const int count = Vectors ? Vectors : num_vectors;
+  Vf most = simd::load(s);
+#pragma GCC unroll 8
+  for (int i = 1; i < count; i++) most = simd::max(most, simd::load(s + i * simd::kWidth));
+  return simd::reduce_max(most);
+}
+
+// Scores of a row to weights, 2^(score * scale - best); returns the weights' sum by lane.
+template <class Kv, int Vectors>
+inline Vf weigh_row(const float* s, int num_vectors, float scale, float best, typename Kv::A* p) {
+  constexpr int kEntries = Kv::kStep * simd::kWidth / Kv::kPair;  // of p in a vector
+  const int count = Vectors ? Vectors : num_vectors;
+  const Vf shift = simd::set1(best == -kInfinity ? 0.0f : -best);
   Vf total = simd::zero();
-  for (int i = begin; i < end; i += simd::kWidth) {
-    Vf x = exp2<Kv::kDegree>(simd::load(s + i) - shift);
-    Kv::store(p + i / simd::kWidth * kEntries, x);
+#pragma GCC unroll 8
+  for (int i = 0; i < count; i++) {
+    Vf x = exp2<Kv::kExact>(simd::fma(simd::load(s + i * simd::kWidth), simd::set1(scale), shift));
+    Kv::store(p + i * kEntries, x);
     total = total + x;
   }
-  Vf rescale = exp2<Kv::kDegree>(simd::set1(*best) - shift);
-  simd::store(sums, simd::fma(simd::load(sums), rescale, total));
-  float first[simd::kWidth];
-  simd::store(first, rescale);
-  *factor = first[0];
-  *best = new_best;
+  return total;
+}
+
+// What a unit keeps of its rows within a span: the largest score (log2), the factor that brings the sums so far to a
+// larger one, the weights' sum by lane.
+struct RowSums {
+  float *best, *factor, *lanes;
+};
+
+// Scores of a tile, [begin, end) of each row, to weights; the rows' sums are brought up to date but for the values.
+template <class Kv, int Vectors>
+inline void softmax_tile(int num_rows, const float* scores, int num_vectors, float scale, const RowSums& sums,
+                         typename Kv::A* weights, int weight_stride) {
+  for (int r = 0; r < num_rows; r++)
+    sums.factor[r] = largest<Vectors>(scores + r * kScoreStride, num_vectors) * scale;
+  for (int r = 0; r < num_rows; r += simd::kWidth) {  // by whole vectors: there is room for them
+    Vf old = simd::load(sums.best + r), best = simd::max(simd::load(sums.factor + r), old);
+    simd::store(sums.best + r, best);
+    simd::store(sums.factor + r, exp2<Kv::kExact>(old - simd::max(simd::set1(-kLargest), best)));
+  }
+  for (int r = 0; r < num_rows; r++) {
+    Vf total = weigh_row<Kv, Vectors>(scores + r * kScoreStride, num_vectors, scale, sums.best[r], weights + r * weight_stride);
+    float* lanes = sums.lanes + r * simd::kWidth;
+    simd::store(lanes, simd::fma(simd::load(lanes), simd::set1(sums.factor[r]), total));
+  }
 }
 
 }  // namespace attention

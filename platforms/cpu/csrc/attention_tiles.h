@@ -9,18 +9,19 @@ namespace attention {
 constexpr int kTileRows = 16;
 
 // Tiles 0 to 3 are sums, 4 and 5 the left side, 6 and 7 the right side.
-inline void configure_tiles(int depth) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int i = 0; i < 8; i++) {
-    config.rows[i] = static_cast<uint8_t>(i < 6 ? kTileRows : depth);
-    config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth * 4 : 64);
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+  int depth;  // beyond the 64 bytes that the instruction reads
+
+  explicit TileConfig(int units) : depth(units) {
+    for (int i = 0; i < 8; i++) {
+      rows[i] = static_cast<uint8_t>(i < 6 ? kTileRows : depth);
+      row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth * 4 : 64);
+    }
   }
-  _tile_loadconfig(&config);
-}
+};
 
 // The largest number of units, up to a tile's 16, that divides n.
 inline int tile_depth(int n) {
