@@ -38,6 +38,7 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_pool_init": (None, (_I32, _P)),
     "fl_pool_num_threads": (_I32, ()),
     "fl_pool_shutdown": (None, ()),
+    "fl_use_huge_pages": (None, (_P, _I64)),
     "fl_attention_block_bytes": (_I64, (_P,)),
     "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
     "fl_attention_scratch_bytes": (_I64, (_P, _P)),

@@ -85,10 +85,12 @@ class NativeAttention:
     def allocate(self, num_blocks: int) -> list[KVCache]:
         """One BlockCache per layer."""
         size = (num_blocks, self._layer_block_bytes)
-        return [
-            BlockCache(blocks=self._allocator.empty(size, torch.uint8, tag="kv_cache"))
-            for _ in range(self.shape.num_layers)
-        ]
+        caches: list[KVCache] = []
+        for _ in range(self.shape.num_layers):
+            blocks = self._allocator.empty(size, torch.uint8, tag="kv_cache")
+            self._call.fl_use_huge_pages(blocks.data_ptr(), blocks.nbytes)
+            caches.append(BlockCache(blocks=blocks))
+        return caches
 
     def plan(self, metadata: AttentionMetadata) -> object:
         """Lays out the step's work; also what its merges need in memory."""
