@@ -49,7 +49,6 @@ struct FlLinear {
   const void* weight;   // packed
   const void* scale;    // int8: float per packed column; int4: bfloat16 (group, quantisation group, 32)
   const int32_t* sums;  // int8: sum over k per packed column
-  const float* bias;    // per packed column, or null
 };
 
 namespace matmul {
@@ -122,34 +121,38 @@ struct Call {
   const FlLinear* layer;
   const void* x;
   int64_t x_stride, num_rows;
+  const void* bias;      // of y's dtype, one per row of W; null: none
   const void* residual;  // null: none
   int64_t residual_stride;
   void* y;
   int64_t y_stride;
 };
 
-// Turns 16 columns of sums into y: scaled(column, row) gives the float values of kWidth packed columns.
+// Turns 16 columns of sums into y: scaled(packed) gives the float values of kWidth packed columns.
 template <class Y, class Scaled>
 inline void finish_panel(const Call& call, int64_t row, int64_t packed, int64_t column, const Scaled& scaled) {
   const FlLinear& layer = *call.layer;
-  Y* y = static_cast<Y*>(call.y) + row * call.y_stride;
-  const Y* residual = call.residual ? static_cast<const Y*>(call.residual) + row * call.residual_stride : nullptr;
-  auto value = [&](int64_t at) {
-    Vf v = scaled(at);
-    return layer.bias ? v + simd::load(layer.bias + at) : v;
-  };
-  for (int i = 0; i < kPanel; i += simd::kWidth) {
-    int64_t left = layer.out - (column + i);
-    if (left <= 0) return;
-    Vf v = activate(layer.activation, value(packed + i));
-    if (gated(layer.activation)) v = v * value(packed + kPanel + i);
-    if (left >= simd::kWidth) {
-      if (residual) v = v + simd::load(residual + column + i);
-      simd::store(y + column + i, v);
-    } else {
-      if (residual) v = v + simd::load_n(residual + column + i, static_cast<int>(left));
-      simd::store_n(y + column + i, v, static_cast<int>(left));
+  const int64_t left = layer.out - column;
+  Y* y = static_cast<Y*>(call.y) + row * call.y_stride + column;
+  const Y* residual = call.residual ? static_cast<const Y*>(call.residual) + row * call.residual_stride + column : nullptr;
+  const Y* bias = call.bias ? static_cast<const Y*>(call.bias) + column : nullptr;
+  auto part = [&](int i, auto load, auto store) {
+    Vf v = scaled(packed + i);
+    if (bias) v = v + load(bias + i);
+    v = activate(layer.activation, v);
+    if (gated(layer.activation)) {
+      Vf up = scaled(packed + kPanel + i);
+      v = v * (bias ? up + load(bias + layer.out + i) : up);
     }
+    if (residual) v = v + load(residual + i);
+    store(y + i, v);
+  };
+  for (int i = 0; i < kPanel && i < left; i += simd::kWidth) {
+    const int n = static_cast<int>(std::min<int64_t>(left - i, simd::kWidth));
+    if (n == simd::kWidth)
+      part(i, [](const Y* p) { return simd::load(p); }, [](Y* p, Vf v) { simd::store(p, v); });
+    else
+      part(i, [n](const Y* p) { return simd::load_n(p, n); }, [n](Y* p, Vf v) { simd::store_n(p, v, n); });
   }
 }
 

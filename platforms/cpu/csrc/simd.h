@@ -68,6 +68,10 @@ inline bf16 round_to_bf16(float f) {
 inline void from_float(float x, float* p) { *p = x; }
 inline void from_float(float x, bf16* p) { *p = round_to_bf16(x); }
 
+#if defined(__AVX2__) && !defined(FL_PORTABLE)
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+#endif
+
 #if defined(FL_SIMD_AVX512)
 
 constexpr int kWidth = 16;
@@ -185,7 +189,6 @@ inline Vf round(Vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT |
 inline Vf exp2_of_int(Vf n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
 }
-inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Vf load_i32(const int32_t* p) { return {_mm256_cvtepi32_ps(load_256(p))}; }
 inline void store_i8(int8_t* p, Vf a) {
   __m256i n = _mm256_cvtps_epi32(a.v);
