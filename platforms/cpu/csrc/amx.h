@@ -33,18 +33,15 @@ class Tiles {
     if (upper_) _tile_release();
   }
 
-  // Adds x(rows, k) times two panels of weights, w and w + panel_size, to c.
+  // Adds x(rows, k), at most 32 rows, times two panels of weights, w and w + panel_size, to c.
   template <class Element>
   void add(const typename Element::X* x, int64_t x_stride, int64_t rows, const typename Element::X* w,
            int64_t panel_size, int64_t k, typename Element::C* c, int64_t ldc, bool from_zero) {
-    for (int64_t row = 0; row < rows; row += 32) {
-      int64_t left = std::min<int64_t>(rows - row, 32);
-      configure(static_cast<int>(std::min<int64_t>(left, 16)), static_cast<int>(std::max<int64_t>(left - 16, 0)));
-      if (left > 16)
-        block<Element, true>(x + row * x_stride, x_stride, w, panel_size, k, c + row * ldc, ldc, from_zero);
-      else
-        block<Element, false>(x + row * x_stride, x_stride, w, panel_size, k, c + row * ldc, ldc, from_zero);
-    }
+    configure(static_cast<int>(std::min<int64_t>(rows, 16)), static_cast<int>(std::max<int64_t>(rows - 16, 0)));
+    if (rows > 16)
+      block<Element, true>(x, x_stride, w, panel_size, k, c, ldc, from_zero);
+    else
+      block<Element, false>(x, x_stride, w, panel_size, k, c, ldc, from_zero);
   }
 
  private:

@@ -141,13 +141,13 @@ struct TileInt4 {
   using C = float;
   static constexpr int kRows = Element::kRows;
   static constexpr int64_t kBlockK = 512;
+  static constexpr bool kReusesRows = true;
   Int4Layer int4;
   explicit TileInt4(const FlLinear& layer) : int4(layer) {}
-  void add(Rows<X> x, int64_t num_rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) const {
+  void begin(int64_t, int64_t, int64_t) const {}
+  void add(Rows<X> x, int64_t count, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) const {
     for (int panel = 0; panel < 2; panel += kPanelsAtOnce)
-      for (int64_t row = 0; row < num_rows; row += kRows)
-        tile_int4_of<Element, kRows>(num_rows - row, int4, x.data + row * x.stride, x.stride, 2 * group + panel, k0, k1,
-                                     c + row * ldc + panel * kPanel, ldc);
+      tile_int4_of<Element, kRows>(count, int4, x.data, x.stride, 2 * group + panel, k0, k1, c + panel * kPanel, ldc);
   }
 };
 
@@ -156,16 +156,19 @@ struct TileInt4 {
 struct AmxInt4 {
   using X = bf16;
   using C = float;
-  static constexpr int kRows = 0;
-  static constexpr int64_t kBlockK = 256;
+  static constexpr int kRows = 32;
+  static constexpr int64_t kBlockK = 256, kPanelSize = kBlockK * kPanel;
+  static constexpr bool kReusesRows = true;
   Int4Layer int4;
   amx::Tiles tiles;
-  explicit AmxInt4(const FlLinear& layer) : int4(layer) {}
+  bf16* unpacked;
+  float* sums;
+  explicit AmxInt4(const FlLinear& layer)
+      : int4(layer), unpacked(static_cast<bf16*>(scratch<kUnpacked>(2 * kPanelSize * 2 + kRows * kGroup * 4))) {
+    sums = reinterpret_cast<float*>(unpacked + 2 * kPanelSize);
+  }
 
-  void add(Rows<bf16> x, int64_t num_rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
-    constexpr int64_t kPanelSize = kBlockK * kPanel;
-    bf16* unpacked = static_cast<bf16*>(scratch<kUnpacked>(2 * kPanelSize * 2 + 32 * kGroup * 4));
-    float* sums = reinterpret_cast<float*>(unpacked + 2 * kPanelSize);
+  void unpack(int64_t group, int64_t k0, int64_t k1) {
     for (int panel = 0; panel < 2; panel++) {
       const uint32_t* words = int4.words_at(2 * group + panel, k0);
       bf16* to = unpacked + panel * kPanelSize;
@@ -177,15 +180,23 @@ struct AmxInt4 {
         _mm512_storeu_si512(to + 96, number_pairs<3>(w));
       }
     }
-    for (int64_t row = 0; row < num_rows; row += 32) {
-      const int64_t rows = std::min<int64_t>(num_rows - row, 32);
-      float* to = c + row * ldc;
-      for (int64_t k = k0; k < k1; k += int4.quant_group) {
-        tiles.add<amx::Bf16>(x.data + row * x.stride + k, x.stride, rows, unpacked + (k - k0) * kPanel, kPanelSize,
-                             int4.quant_group, sums, kGroup, true);
+  }
+
+  void begin(int64_t group, int64_t k0, int64_t k1) {
+    if (k1 - k0 <= kBlockK) unpack(group, k0, k1);
+  }
+
+  // All of K at once comes in blocks as well, unpacked here.
+  void add(Rows<bf16> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
+    for (int64_t block = k0; block < k1; block += kBlockK) {
+      const int64_t end = std::min(block + kBlockK, k1);
+      if (k1 - k0 > kBlockK) unpack(group, block, end);
+      for (int64_t k = block; k < end; k += int4.quant_group) {
+        tiles.add<amx::Bf16>(x.data + k, x.stride, rows, unpacked + (k - block) * kPanel, kPanelSize, int4.quant_group,
+                             sums, kGroup, true);
         const Vf left = simd::load(int4.scales_at(2 * group, k)), right = simd::load(int4.scales_at(2 * group + 1, k));
         for (int64_t i = 0; i < rows; i++) {
-          float* at = to + i * ldc;
+          float* at = c + i * ldc;
           const float* sum = sums + i * kGroup;
           simd::store(at, simd::fma(simd::load(sum), left, k == 0 ? simd::zero() : simd::load(at)));
           simd::store(at + 16, simd::fma(simd::load(sum + 16), right, k == 0 ? simd::zero() : simd::load(at + 16)));
@@ -203,14 +214,12 @@ template <class Base>
 struct Int4Kernel : Base {
   using Base::Base;
   using X = typename Base::X;
-  static Rows<X> direct(const Call& call) {
-    bool as_it_is = call.layer->k % kPadK == 0 && call.layer->x_dtype == (sizeof(X) == 2 ? kBf16 : kF32);
-    return {as_it_is ? static_cast<const X*>(call.x) : nullptr, call.x_stride};
-  }
-  static int64_t row_size(const FlLinear& layer) { return round_up(layer.k, kPadK); }
+  static Rows<X> direct(const Call& call) { return direct_rows<X>(call, Base::kReusesRows); }
   static void prepare(const Call& call, int64_t row, X* to) { copy_row(call, row, to); }
-  static void finish(const Call& call, const X*, int64_t row, int64_t group, const float* c) {
-    finish_group(call, row, group, [&](int64_t at) { return simd::load(c + (at - group * kGroup)); });
+  static void finish(const Call& call, Rows<X>, int64_t row, int64_t count, int64_t group, const float* c) {
+    finish_group(call, row, count, group, [&](int64_t i, int64_t at) {
+      return simd::load(c + i * kGroup + (at - group * kGroup));
+    });
   }
 };
 

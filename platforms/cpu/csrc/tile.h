@@ -64,6 +64,7 @@ struct TileKernel {
   using W = typename Element::W;
   using C = typename Element::C;
   static constexpr int kRows = Element::kRows;
+  static constexpr bool kReusesRows = true;
   static constexpr int64_t kBlockK = 128 * Element::kStep;  // 16 KiB of a group's weights: half a level 1 cache
 
   const W* weight;
@@ -71,13 +72,11 @@ struct TileKernel {
   explicit TileKernel(const FlLinear& layer)
       : weight(static_cast<const W*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
 
-  void add(Rows<X> x, int64_t num_rows, int64_t group, int64_t k0, int64_t k1, C* c, int64_t ldc) const {
-    for (int panel = 0; panel < 2; panel += kPanelsAtOnce) {
-      const W* w = weight + (2 * group + panel) * panel_size;
-      for (int64_t row = 0; row < num_rows; row += kRows)
-        tile_of<Element, kRows>(num_rows - row, x.data + row * x.stride, x.stride, w, panel_size, k0 / Element::kStep,
-                                k1 / Element::kStep, c + row * ldc + panel * kPanel, ldc, k0 == 0);
-    }
+  void begin(int64_t, int64_t, int64_t) const {}
+  void add(Rows<X> x, int64_t count, int64_t group, int64_t k0, int64_t k1, C* c, int64_t ldc) const {
+    for (int panel = 0; panel < 2; panel += kPanelsAtOnce)
+      tile_of<Element, kRows>(count, x.data, x.stride, weight + (2 * group + panel) * panel_size, panel_size,
+                              k0 / Element::kStep, k1 / Element::kStep, c + panel * kPanel, ldc, k0 == 0);
   }
 };
 

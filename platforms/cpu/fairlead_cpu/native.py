@@ -38,6 +38,8 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_pool_init": (None, (_I32, _P)),
     "fl_pool_num_threads": (_I32, ()),
     "fl_pool_shutdown": (None, ()),
+    "fl_probe_multiply": (_I64, (_I32, _I64)),
+    "fl_probe_read": (ctypes.c_float, (_P, _I64)),
     # layer, x, its stride, rows, bias, residual, its stride, y, its stride
     "fl_linear": (None, (_P, _P, _I64, _I64, _P, _P, _I64, _P, _I64)),
     "fl_advise_huge_pages": (None, (_P, _I64)),
