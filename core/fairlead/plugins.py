@@ -357,6 +357,7 @@ _PLATFORM_MEMBERS = (
     "attention_backends",
     "attention",
     "ops",
+    "linear_methods",
     "memory_info",
     "synchronize",
 )

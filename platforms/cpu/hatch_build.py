@@ -103,8 +103,11 @@ def compile_kernels(
                 for isa, flags in variants.items()
                 for source, target in zip(sources, objects[isa], strict=True)
             ]
-            for job in compiled:
-                job.result()
+            try:
+                for job in compiled:
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
             libraries = {isa: lib / f"libfairlead_cpu_{isa}.so" for isa in variants}
             for isa, library in libraries.items():
                 _run([*compiler, *variants[isa], "-shared", "-o", str(library), *map(str, objects[isa])])

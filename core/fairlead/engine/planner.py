@@ -6,6 +6,7 @@ Platforms return data (Capabilities, Defaults); this module applies it. No confi
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,12 +15,19 @@ from fairlead import plugins
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import CacheConfig, EngineConfig
 from fairlead.errors import ConfigError, KVCacheMemoryError
-from fairlead.interface import AttentionBackend, AttentionShape, AttentionSpec, Capabilities, Platform
+from fairlead.interface import (
+    UNQUANTIZED,
+    AttentionBackend,
+    AttentionShape,
+    AttentionSpec,
+    Capabilities,
+    Platform,
+)
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext
-from fairlead.models import registry
+from fairlead.models import loader, registry
 from fairlead.models.config import ModelShape
-from fairlead.ops.table import choose_ops
+from fairlead.ops.table import choose_providers
 from fairlead.request import EngineInfo
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
 
@@ -70,15 +78,24 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     record, device = plugins.choose(config.platform)
     platform = plugins.create(record, device)
     settings, reasons = negotiate(config, checkpoint, shape, platform)
-    ops, op_providers = choose_ops(
-        platform.name, platform.ops(), dtype=settings.dtype, overrides=config.platform.op_providers
-    )
+    ops, linear, op_providers = choose_providers(platform, dtype=settings.dtype, overrides=config.platform.op_providers)
     # A model of one position tells its weights and layers, before anything as long as the context is made.
-    context = BuildContext(ops=ops, dtype=getattr(torch, settings.dtype), device=platform.torch_device, max_model_len=1)
+    context = BuildContext(
+        ops=ops,
+        linear=linear,
+        dtype=getattr(torch, settings.dtype),
+        device=platform.torch_device,
+        max_model_len=1,
+        quantization=config.model.quantization or UNQUANTIZED,
+    )
     model = registry.build_model(checkpoint.architecture, model_config, shape, context)
-    weights_bytes = sum(p.nbytes for p in model.parameters())
+    weights_bytes = loader.weights_bytes(model)
+    if linear.chosen:
+        op_providers["linear"] = ", ".join(dict.fromkeys(chain.from_iterable(linear.chosen.values())))
     groups = number_layers(model)
     reasons += _head_size_reasons(groups, platform.capabilities)
+    if config.model.quantization is not None and config.model.quantization not in linear.chosen:
+        reasons.append(f"quantization {config.model.quantization} (no layer of {checkpoint.architecture} can take it)")
     if reasons:
         raise ConfigError(f"platform {platform.name!r} cannot run this model so: {'; '.join(reasons)}")
     backends = tuple(

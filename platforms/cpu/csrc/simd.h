@@ -1,6 +1,9 @@
 // Vectors of floats at the width of the instruction set that this file is compiled for; kWidth lanes.
 // load/store take float or bfloat16 memory of any alignment; stores to bfloat16 round to nearest even.
 // The *_n forms touch the first n lanes' memory only (0 <= n <= kWidth); lanes that are not loaded are 0.
+// load_i32 converts whole numbers; load_pairs splits 2 * kWidth bfloat16 by even and odd position; load_nibbles<s> takes
+// bits s to s + 3 of each 32-bit word as a number from 0 to 15, less 8.
+// store_i8 stores whole numbers from -128 to 127.
 // reduce_* combine the lanes in one fixed order. max and min return NaN where their second argument is NaN.
 #pragma once
 #include <cmath>
@@ -65,6 +68,10 @@ inline bf16 round_to_bf16(float f) {
 inline void from_float(float x, float* p) { *p = x; }
 inline void from_float(float x, bf16* p) { *p = round_to_bf16(x); }
 
+#if defined(__AVX2__) && !defined(FL_PORTABLE)
+inline __m256i load_256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+#endif
+
 #if defined(FL_SIMD_AVX512)
 
 constexpr int kWidth = 16;
@@ -113,6 +120,20 @@ inline Vf round(Vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_
 // 2^n for whole n in [-126, 127]
 inline Vf exp2_of_int(Vf n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
+}
+inline Vf load_i32(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+inline void store_i8(int8_t* p, Vf a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+inline void load_pairs(const bf16* p, Vf& even, Vf& odd) {
+  __m512i u = _mm512_loadu_si512(p);
+  even = {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
+  odd = {_mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(-65536)))};
+}
+template <int kShift>
+inline Vf load_nibbles(const uint32_t* p) {
+  __m512i u = _mm512_and_si512(_mm512_srli_epi32(_mm512_loadu_si512(p), kShift), _mm512_set1_epi32(15));
+  return {_mm512_cvtepi32_ps(_mm512_sub_epi32(u, _mm512_set1_epi32(8)))};
 }
 inline float reduce_add(Vf a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vf a) { return _mm512_reduce_max_ps(a.v); }
@@ -167,6 +188,22 @@ inline Vf sqrt(Vf a) { return {_mm256_sqrt_ps(a.v)}; }
 inline Vf round(Vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vf exp2_of_int(Vf n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+}
+inline Vf load_i32(const int32_t* p) { return {_mm256_cvtepi32_ps(load_256(p))}; }
+inline void store_i8(int8_t* p, Vf a) {
+  __m256i n = _mm256_cvtps_epi32(a.v);
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+inline void load_pairs(const bf16* p, Vf& even, Vf& odd) {
+  __m256i u = load_256(p);
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(u, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(-65536)))};
+}
+template <int kShift>
+inline Vf load_nibbles(const uint32_t* p) {
+  __m256i u = _mm256_and_si256(_mm256_srli_epi32(load_256(p), kShift), _mm256_set1_epi32(15));
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(u, _mm256_set1_epi32(8)))};
 }
 
 #elif defined(FL_SIMD_NEON)
@@ -223,6 +260,21 @@ inline Vf sqrt(Vf a) { return {vsqrtq_f32(a.v)}; }
 inline Vf round(Vf a) { return {vrndnq_f32(a.v)}; }
 inline Vf exp2_of_int(Vf n) {
   return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127)), 23))};
+}
+inline Vf load_i32(const int32_t* p) { return {vcvtq_f32_s32(vld1q_s32(p))}; }
+inline void store_i8(int8_t* p, Vf a) {
+  int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(a.v));
+  vst1_lane_s32(reinterpret_cast<int32_t*>(p), vreinterpret_s32_s8(vqmovn_s16(vcombine_s16(words, words))), 0);
+}
+inline void load_pairs(const bf16* p, Vf& even, Vf& odd) {
+  uint32x4_t u = vreinterpretq_u32_u16(vld1q_u16(&p->bits));
+  even = {vreinterpretq_f32_u32(vshlq_n_u32(u, 16))};
+  odd = {vreinterpretq_f32_u32(vandq_u32(u, vdupq_n_u32(0xffff0000)))};
+}
+template <int kShift>
+inline Vf load_nibbles(const uint32_t* p) {
+  uint32x4_t u = vandq_u32(vshlq_u32(vld1q_u32(p), vdupq_n_s32(-kShift)), vdupq_n_u32(15));
+  return {vcvtq_f32_s32(vsubq_s32(vreinterpretq_s32_u32(u), vdupq_n_s32(8)))};
 }
 
 #else  // portable
@@ -300,6 +352,22 @@ inline Vf exp2_of_int(Vf n) {
     std::memcpy(&f, &u, 4);
     return f;
   });
+}
+inline Vf load_i32(const int32_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void store_i8(int8_t* p, Vf a) {
+  for (int i = 0; i < kWidth; i++) p[i] = static_cast<int8_t>(a.v[i]);
+}
+inline void load_pairs(const bf16* p, Vf& even, Vf& odd) {
+  for (int i = 0; i < kWidth; i++) {
+    even.v[i] = to_float(p[2 * i]);
+    odd.v[i] = to_float(p[2 * i + 1]);
+  }
+}
+template <int kShift>
+inline Vf load_nibbles(const uint32_t* p) {
+  return each([&](int i) { return static_cast<float>(static_cast<int32_t>(p[i] >> kShift & 15) - 8); });
 }
 
 #endif

@@ -30,7 +30,7 @@ _NEEDS: dict[str, frozenset[str]] = {
     "generic": frozenset(),
 }
 
-_P, _I64, _I32, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 # The result's type and the arguments' of every exported function; pointers travel as tensor.data_ptr().
 SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_isa": (ctypes.c_char_p, ()),
@@ -38,12 +38,41 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_pool_init": (None, (_I32, _P)),
     "fl_pool_num_threads": (_I32, ()),
     "fl_pool_shutdown": (None, ()),
-    "fl_use_huge_pages": (None, (_P, _I64)),
     "fl_attention_block_bytes": (_I64, (_P,)),
     "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
     "fl_attention_scratch_bytes": (_I64, (_P, _P)),
     "fl_attention": (None, (_P, _P, *(_P, _I64, _I64) * 3, _P, _P, _P)),
+    "fl_probe_multiply": (_I64, (_I32, _I64)),
+    "fl_probe_read": (ctypes.c_float, (_P, _I64)),
+    # layer, x, its stride, rows, bias, residual, its stride, y, its stride
+    "fl_linear": (None, (_P, _P, _I64, _I64, _P, _P, _I64, _P, _I64)),
+    "fl_advise_huge_pages": (None, (_P, _I64)),
+    # scheme, pair, out, k
+    "fl_packed_bytes": (_I64, (_I32, _I32, _I64, _I64)),
+    "fl_packed_columns": (_I64, (_I32, _I64)),
+    # (scheme,) pair, source, its dtype and stride, out, k, then what is written
+    "fl_pack_float": (None, (_I32, _I32, _P, _I32, _I64, _I64, _I64, _P)),
+    "fl_pack_int8": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P, _P)),
+    "fl_pack_int4": (None, (_I32, _P, _I32, _I64, _I64, _I64, _I32, _P, _P)),
 }
+
+
+class LinearLayer(ctypes.Structure):
+    """FlLinear of csrc/matmul.h."""
+
+    _fields_ = (
+        ("scheme", _I32),
+        ("x_dtype", _I32),
+        ("y_dtype", _I32),
+        ("activation", _I32),
+        ("quant_group", _I32),
+        ("reserved", _I32),
+        ("k", _I64),
+        ("out", _I64),
+        ("weight", _P),
+        ("scale", _P),
+        ("sums", _P),
+    )
 
 
 class Kernels:

@@ -88,7 +88,7 @@ class NativeAttention:
         caches: list[KVCache] = []
         for _ in range(self.shape.num_layers):
             blocks = self._allocator.empty(size, torch.uint8, tag="kv_cache")
-            self._call.fl_use_huge_pages(blocks.data_ptr(), blocks.nbytes)
+            self._call.fl_advise_huge_pages(blocks.data_ptr(), blocks.nbytes)
             caches.append(BlockCache(blocks=blocks))
         return caches
 
