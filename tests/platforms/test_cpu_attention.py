@@ -1,6 +1,7 @@
 """The CPU's attention backends against a float64 oracle that walks token by token through the block tables."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,35 @@ import torch
 from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec
 from fairlead.ops.attention import ReferenceAttention, SlotCache
 from fairlead.ops.table import TOLERANCE
-from fairlead_cpu import attention
+from fairlead_cpu import attention, native, topology
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
+from fairlead_cpu.native_attention import BlockCache, NativeAttention
 
-BACKENDS = ("sdpa", "reference")
+NATIVE = tuple(f"native {isa}" for isa in native.usable())
+SLOTTED = ("sdpa", "reference")
+BACKENDS = (*NATIVE, *SLOTTED)
 
 
-def make_backend(name: str, shape: AttentionShape) -> SdpaAttention | ReferenceAttention:
+@functools.cache
+def kernels(isa: str) -> native.Kernels:
+    """The library of one instruction set, with two threads whatever the machine has."""
+    return native.Kernels(isa, topology.Layout(cpus=(-1, -1), bound=False, reason="test"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_end() -> Iterator[None]:
+    yield
+    for name in NATIVE:
+        kernels(name.split()[1]).call.fl_pool_shutdown()
+
+
+Backend = NativeAttention | SdpaAttention | ReferenceAttention
+
+
+def make_backend(name: str, shape: AttentionShape) -> Backend:
+    if name in NATIVE:
+        return NativeAttention(shape, HostAllocator(), kernels(name.split()[1]))
     if name == "sdpa":
         return SdpaAttention(shape, HostAllocator())
     return ReferenceAttention(shape, HostAllocator(), torch.device("cpu"))
@@ -175,11 +197,32 @@ def oracle(case: Case, inputs: Inputs) -> np.ndarray:
     return out
 
 
-def run(name: str, case: Case, inputs: Inputs) -> tuple[torch.Tensor, SlotCache]:
+def make_cache(backend: Backend, num_blocks: int, inputs: Inputs) -> SlotCache | BlockCache:
+    """A cache with the contents of `inputs`; in the native layout, NaN wherever nothing was written."""
+    if not isinstance(backend, NativeAttention):
+        k_cache = inputs.k_cache.clone()
+        return SlotCache(k=k_cache, v=k_cache if inputs.v is None else inputs.v_cache.clone())
+    cache = backend.allocate(num_blocks)[0]
+    assert isinstance(cache, BlockCache)
+    cache.blocks.view(inputs.q.dtype).fill_(torch.nan)
+    slots = torch.nonzero(~inputs.k_cache.flatten(1).isnan().any(1))[:, 0]
+    none = np.zeros(0, np.int32)
+    write_only = AttentionMetadata(
+        query_lens_S=none,
+        seq_lens_S=none,
+        block_tables_SB=none.reshape(0, 1),
+        slot_mapping_T=slots.numpy().astype(np.int32),
+    )
+    q = inputs.q.new_zeros((len(slots), *inputs.q.shape[1:]))
+    v = None if inputs.v is None else inputs.v_cache[slots]
+    backend.forward(q, inputs.k_cache[slots], v, cache, backend.plan(write_only))
+    return cache
+
+
+def run(name: str, case: Case, inputs: Inputs) -> tuple[torch.Tensor, SlotCache | BlockCache]:
     """A step on copies of the caches; returns the output and the caches after it."""
     backend = make_backend(name, case.shape)
-    k_cache = inputs.k_cache.clone()
-    cache = SlotCache(k=k_cache, v=k_cache if inputs.v is None else inputs.v_cache.clone())
+    cache = make_cache(backend, case.num_blocks, inputs)
     return backend.forward(inputs.q, inputs.k, inputs.v, cache, backend.plan(case.metadata())), cache
 
 
@@ -195,6 +238,8 @@ def check(name: str, rng: np.random.Generator, case: Case, *, fused: bool = Fals
     tolerance = TOLERANCE[case.shape.dtype]
     np.testing.assert_allclose(out.double().numpy(), expected, atol=tolerance, rtol=tolerance)
     assert all(torch.equal(x, y) for x, y in zip(before, given, strict=True)), "an input was changed"
+    if isinstance(cache, BlockCache):
+        return  # what it holds shows in what is read: test_steps_over_one_cache_equal_one_whole_prompt
     mapping = torch.from_numpy(case.metadata().slot_mapping_T).long()
     for written, new, old in ((cache.k, inputs.k, inputs.k_cache), (cache.v, inputs.v, inputs.v_cache)):
         expected_cache = old.clone()
@@ -321,7 +366,8 @@ def test_steps_over_one_cache_equal_one_whole_prompt(name: str, kind: str) -> No
     whole = make_case(rng, make_shape(**{"block_size": 8, **KINDS[kind]}), [(50, 50)])
     inputs = make_inputs(rng, whole)
     expected, _ = run(name, whole, inputs)
-    backend, cache = make_backend(name, whole.shape), SlotCache(k=inputs.k_cache, v=inputs.v_cache)
+    backend = make_backend(name, whole.shape)
+    cache = make_cache(backend, whole.num_blocks, inputs)
     done = 0
     for size in (1, 7, 8, 9, 1, 1, 16, 7):
         rows = slice(done, done + size)
@@ -352,7 +398,7 @@ def test_a_sequence_with_nan_fails_alone(name: str, kind: str) -> None:
     assert torch.equal(out[others], healthy[others])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOTTED)
 def test_blocks_are_copied_in_the_order_given(name: str) -> None:
     backend = make_backend(name, make_shape(block_size=4))
     caches = [cache for cache in backend.allocate(6) if isinstance(cache, SlotCache)]
@@ -365,7 +411,7 @@ def test_blocks_are_copied_in_the_order_given(name: str) -> None:
         assert tensor[:, 0, 0].tolist() == [x for b in (0, 5, 1, 1, 4, 5) for x in [b] * 4]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOTTED)
 def test_block_bytes_are_what_the_allocator_hands_out(name: str) -> None:
     allocator = HostAllocator()
     shape = make_shape(num_layers=3, num_heads=6, num_kv_heads=2, head_size=20, block_size=8, dtype="bfloat16")
@@ -378,7 +424,7 @@ def test_block_bytes_are_what_the_allocator_hands_out(name: str) -> None:
     assert allocator.allocated_bytes("kv_cache") == 11 * backend.block_bytes() == 11 * 3 * 2 * 8 * 2 * 20 * 2
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOTTED)
 def test_latent_values_are_stored_once(name: str) -> None:
     backend = make_backend(name, make_shape(num_layers=2, block_size=8, dtype="bfloat16", **LATENT))
     assert backend.block_bytes() == 2 * 8 * 20 * 2

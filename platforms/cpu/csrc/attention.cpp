@@ -276,6 +276,9 @@ struct Layer {
         }
       }
     }
+#if defined(__AMX_BF16__)
+    if (Kv::kTiled) _tile_release();  // no thread sleeps with live tiles
+#endif
     if (unit.is_partial) return;
     for (int r = 0; r < unit.num_rows; r++)
       put_out(b.rows[r].out, {merged_best[r], merged_total[r], b.merged + r * columns});

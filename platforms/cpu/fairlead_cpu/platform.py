@@ -21,7 +21,8 @@ from fairlead_cpu import memory, native
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
 from fairlead_cpu.linear import linear_methods
-from fairlead_cpu.ops import PROVIDERS
+from fairlead_cpu.native_attention import NativeAttention
+from fairlead_cpu.ops import providers
 
 
 class CpuPlatform(BasicPlatform):
@@ -42,18 +43,22 @@ class CpuPlatform(BasicPlatform):
         )
 
     def attention_backends(self) -> tuple[str, ...]:
-        """`sdpa` groups sequences of like length for torch's fused attention; `reference` is the oracle."""
-        return (SdpaAttention.name, ReferenceAttention.name)
+        """`native` where the package was built with kernels; `sdpa` groups sequences of like length for torch's fused
+        attention; `reference` is the oracle."""
+        native_names = () if self._kernels is None else (NativeAttention.name,)
+        return (*native_names, SdpaAttention.name, ReferenceAttention.name)
 
     def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
         """Makes the backend."""
+        if name == NativeAttention.name and self._kernels is not None:
+            return NativeAttention(shape, self.allocator, self._kernels)
         if name == SdpaAttention.name:
             return SdpaAttention(shape, self.allocator)
         return super().attention(name, shape)
 
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
-        """Torch's own fused kernels where it has them; native kernels register here too."""
-        return PROVIDERS
+        """Native kernels, then torch's own fused ones."""
+        return providers(self._kernels)
 
     def linear_methods(self) -> Mapping[str, tuple[LinearMethod, ...]]:
         """Native kernels for every scheme, if the package was built with any."""
