@@ -226,17 +226,22 @@ def run(name: str, case: Case, inputs: Inputs) -> tuple[torch.Tensor, SlotCache 
     return backend.forward(inputs.q, inputs.k, inputs.v, cache, backend.plan(case.metadata())), cache
 
 
-def check(name: str, rng: np.random.Generator, case: Case, *, fused: bool = False) -> None:
-    """Output against the oracle; inputs and other slots unchanged."""
+def check(rng: np.random.Generator, case: Case, *, fused: bool = False, names: tuple[str, ...] = BACKENDS) -> None:
+    """Every backend against the oracle; inputs and other slots unchanged."""
     inputs = make_inputs(rng, case, fused)
+    expected = oracle(case, inputs)
+    for name in names:
+        check_backend(name, case, inputs, expected)
+
+
+def check_backend(name: str, case: Case, inputs: Inputs, expected: np.ndarray) -> None:
     given = [x for x in (inputs.q, inputs.k, inputs.v) if x is not None]
     before = [x.clone() for x in given]
     out, cache = run(name, case, inputs)
-    expected = oracle(case, inputs)
     assert out.shape == expected.shape
     assert out.dtype == inputs.q.dtype
     tolerance = TOLERANCE[case.shape.dtype]
-    np.testing.assert_allclose(out.double().numpy(), expected, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(out.double().numpy(), expected, atol=tolerance, rtol=tolerance, err_msg=name)
     assert all(torch.equal(x, y) for x, y in zip(before, given, strict=True)), "an input was changed"
     if isinstance(cache, BlockCache):
         return  # what it holds shows in what is read: test_steps_over_one_cache_equal_one_whole_prompt
@@ -250,42 +255,37 @@ def check(name: str, rng: np.random.Generator, case: Case, *, fused: bool = Fals
 EDGES = [(1, 1), (1, 15), (1, 16), (1, 17), (15, 15), (16, 16), (17, 17), (2, 17), (16, 33), (1, 33), (5, 21), (2, 2)]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("lens", EDGES, ids=str)
-def test_one_sequence_at_block_edges(name: str, lens: tuple[int, int]) -> None:
+def test_one_sequence_at_block_edges(lens: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    check(name, rng, make_case(rng, make_shape(), [lens]))
+    check(rng, make_case(rng, make_shape(), [lens]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head_size", [16, 64, 80, 96, 128, 256])
-def test_head_sizes(name: str, head_size: int, dtype: str) -> None:
+def test_head_sizes(head_size: int, dtype: str) -> None:
     rng = np.random.default_rng(head_size)
-    check(name, rng, make_case(rng, make_shape(head_size=head_size, dtype=dtype), EDGES), fused=True)
+    check(rng, make_case(rng, make_shape(head_size=head_size, dtype=dtype), EDGES), fused=True)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("heads", [(1, 1), (2, 2), (4, 2), (6, 2), (8, 1), (7, 1), (16, 1)], ids=str)
-def test_head_ratios(name: str, heads: tuple[int, int]) -> None:
+def test_head_ratios(heads: tuple[int, int]) -> None:
     rng = np.random.default_rng(heads[0])
-    check(name, rng, make_case(rng, make_shape(num_heads=heads[0], num_kv_heads=heads[1]), EDGES))
+    check(rng, make_case(rng, make_shape(num_heads=heads[0], num_kv_heads=heads[1]), EDGES))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_attention(name: str, kind: str, dtype: str) -> None:
+def test_kinds_of_attention(kind: str, dtype: str) -> None:
     rng = np.random.default_rng(len(kind))
     lens = [*EDGES, (1, 90), (1, 64), (7, 64), (23, 24), (40, 40), (41, 41), (50, 90), (24, 100), (1, 91)]
-    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), lens), fused=True)
-    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(64, 64)]))
-    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(1, 64)]))
+    check(rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), lens), fused=True)
+    check(rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(64, 64)]))
+    check(rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(1, 64)]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("block_size", [1, 8, 16, 64])
-def test_random_mixes(name: str, block_size: int, count: Callable[..., int]) -> None:
+def test_random_mixes(block_size: int, count: Callable[..., int]) -> None:
     rng = np.random.default_rng(block_size)
     for i in range(count(6, full=300)):
         lens = []
@@ -304,7 +304,7 @@ def test_random_mixes(name: str, block_size: int, count: Callable[..., int]) -> 
             alibi=bool(rng.random() < 0.3),
             value_size=int(rng.integers(1, 9)) if num_kv_heads == 1 and rng.random() < 0.5 else None,
         )
-        check(name, rng, make_case(rng, shape, lens), fused=bool(i % 3))
+        check(rng, make_case(rng, shape, lens), fused=bool(i % 3))
 
 
 @pytest.mark.parametrize("kind", ["full", "window over blocks", "cap", "latent", "window, cap"])
@@ -315,7 +315,7 @@ def test_a_step_is_cut_to_bounded_masks(num_tokens: int, kind: str, monkeypatch:
     monkeypatch.setattr(attention, "_MAX_SCORES", num_tokens)
     lens = [(40, 90), (1, 70), (33, 33), (1, 64), (7, 100), (1, 65), (1, 1), (12, 13)]
     case = make_case(rng, make_shape(**KINDS[kind]), lens)
-    check("sdpa", rng, case)
+    check(rng, case, names=("sdpa",))
     plan = SdpaAttention(case.shape, HostAllocator()).plan(case.metadata())
     assert isinstance(plan, attention._Plan)
     masks = [g.mask for g in plan.groups if g.mask is not None]
@@ -323,17 +323,15 @@ def test_a_step_is_cut_to_bounded_masks(num_tokens: int, kind: str, monkeypatch:
     assert max(m.numel() for m in masks) <= max(num_tokens, 100)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_many_short_prompts_and_decodes_at_once(name: str) -> None:
+def test_many_short_prompts_and_decodes_at_once() -> None:
     rng = np.random.default_rng(2)
     lens = (
         [(n, n) for n in range(1, 20)] + [(1, int(n)) for n in rng.integers(1, 290, 40)] + [(3, n) for n in (3, 9, 50)]
     )
-    check(name, rng, make_case(rng, make_shape(), [lens[i] for i in rng.permutation(len(lens))]))
+    check(rng, make_case(rng, make_shape(), [lens[i] for i in rng.permutation(len(lens))]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_sequences_share_blocks(name: str) -> None:
+def test_sequences_share_blocks() -> None:
     """Sequences 0 and 1 decode over the same first two blocks; 2 and 3 read what 0 wrote in earlier steps."""
     rng = np.random.default_rng(3)
     case = Case(
@@ -343,11 +341,10 @@ def test_sequences_share_blocks(name: str) -> None:
         tables=[[4, 2, 7], [4, 2, 5], [4, 2, 1], [4, 2, 6, 3, 0]],
         num_blocks=9,
     )
-    check(name, rng, case)
+    check(rng, case)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_sequence_reads_a_block_that_another_fills_in_the_same_step(name: str) -> None:
+def test_a_sequence_reads_a_block_that_another_fills_in_the_same_step() -> None:
     rng = np.random.default_rng(4)
     case = Case(
         shape=make_shape(block_size=8),
@@ -356,7 +353,7 @@ def test_a_sequence_reads_a_block_that_another_fills_in_the_same_step(name: str)
         tables=[[4, 2, 7], [4, 2], [4, 5]],
         num_blocks=9,
     )
-    check(name, rng, case)
+    check(rng, case)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -440,4 +437,4 @@ def test_latent_values_are_stored_once(name: str) -> None:
 def test_the_scale_is_the_shapes() -> None:
     rng = np.random.default_rng(8)
     shape = make_shape(num_heads=2, num_kv_heads=1, block_size=4, scale=1.0)
-    check("sdpa", rng, make_case(rng, shape, [(1, 9), (5, 9), (6, 6)]))
+    check(rng, make_case(rng, shape, [(1, 9), (5, 9), (6, 6)]))
