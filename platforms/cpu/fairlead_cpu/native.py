@@ -84,10 +84,10 @@ class LinearLayer(ctypes.Structure):
 class Kernels:
     """One library, loaded: `call.fl_name(...)` calls a function, `isa` and `layout` say what it is and runs on."""
 
-    def __init__(self, isa: str, layout: topology.Layout, lib: Path = _LIB) -> None:
+    def __init__(self, isa: str, layout: topology.Layout) -> None:
         self.isa = isa
         self.layout = layout
-        self.call = ctypes.CDLL(str(lib / f"libfairlead_cpu_{isa}.so"))
+        self.call = ctypes.CDLL(str(_LIB / f"libfairlead_cpu_{isa}.so"))
         for name, (result, arguments) in SIGNATURES.items():
             function = getattr(self.call, name)
             function.restype, function.argtypes = result, arguments
@@ -124,11 +124,11 @@ def choose() -> str | None:
     return asked or next(iter(names), None)
 
 
-def usable(lib: Path = _LIB) -> tuple[str, ...]:
+def usable() -> tuple[str, ...]:
     """The instruction sets that were built and that this processor has, best first."""
     features = _features()
     return tuple(
-        isa for isa, needs in _NEEDS.items() if needs <= features and (lib / f"libfairlead_cpu_{isa}.so").is_file()
+        isa for isa, needs in _NEEDS.items() if needs <= features and (_LIB / f"libfairlead_cpu_{isa}.so").is_file()
     )
 
 
