@@ -191,6 +191,19 @@ def test_copied_blocks_hold_the_same_tokens(kernels: native.Kernels) -> None:
         assert torch.equal(step(backend, cache, [(prompt, 39, 40)])[0], expected)
 
 
+def test_blocks_go_to_the_host_and_come_back(kernels: native.Kernels) -> None:
+    backend = make_backend(kernels, "bfloat16", num_heads=4, num_kv_heads=2, head_size=16)
+    cache, (host,) = new_cache(backend, 5), backend.allocate_host(3)
+    prompt = Prompt(backend, 40, [1, 2, 3], 0)
+    step(backend, cache, [(prompt, 0, 39)])
+    expected = step(backend, cache, [(prompt, 39, 40)])[0]
+    backend.copy_to_host([cache], [host], [(3, 0), (1, 0), (2, 1), (3, 2)])
+    cache.blocks.fill_(0xFF)
+    backend.copy_from_host([host], [cache], [(0, 2), (1, 1), (2, 4)])
+    prompt.table = [2, 1, 4]
+    assert torch.equal(step(backend, cache, [(prompt, 39, 40)])[0], expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_takes_what_the_allocator_hands_out(kernels: native.Kernels, kind: str, dtype: str) -> None:

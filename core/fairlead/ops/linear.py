@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from fairlead.contract import check_packed
 from fairlead.errors import ConfigError, PluginContractError
 from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape
+from fairlead.ops.first_call import FirstCall
 
 Packed = object
 LinearOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -188,6 +190,7 @@ class LinearTable:
                     expected=f"schemes among {', '.join(references)}",
                     got=repr(scheme),
                 )
+        self.platform = platform
         self._methods = {scheme: (*methods.get(scheme, ()), own) for scheme, own in references.items()}
         self._wanted = wanted
         self.chosen: dict[str, tuple[str, ...]] = {}
@@ -210,3 +213,17 @@ class LinearTable:
             if asked:
                 raise ConfigError(f"provider {method.name!r} of op 'linear' cannot be used: {reason}")
         raise AssertionError("the reference refuses nothing")
+
+    def pack(self, method: LinearMethod, weight_OI: torch.Tensor) -> Packed:
+        """What the method makes of a weight; raises PluginContractError if it makes nothing."""
+        packed = method.pack({"weight": weight_OI})
+        check_packed(self.platform, method, packed)
+        return packed
+
+    def apply_of(self, method: LinearMethod, shape: LinearShape) -> Callable[..., torch.Tensor]:
+        """The method's `apply`, its first result checked."""
+
+        def reference(x_NI: torch.Tensor, *_: object) -> torch.Tensor:
+            return x_NI.new_empty((*x_NI.shape[:-1], shape.out_features))
+
+        return FirstCall(method.apply, reference, plugin=self.platform, hook=f"linear_methods {method.name!r}.apply")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fairlead.interface import AttentionMetadata, AttentionShape, KVCache, MemoryAllocator
+from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVCache, MemoryAllocator
 from fairlead_cpu.native import Kernels
 
 _DTYPES = ("float32", "bfloat16")
@@ -156,9 +156,33 @@ class NativeAttention:
         )
         return out_THE
 
+    def allocate_host(self, num_blocks: int) -> list[HostCache]:
+        """One BlockCache per layer, in memory of its own."""
+        size = (num_blocks, self._layer_block_bytes)
+        return [BlockCache(blocks=torch.empty(size, dtype=torch.uint8)) for _ in range(self.shape.num_layers)]
+
     def copy_blocks(self, kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks within every layer, one pair after the other."""
-        for cache in kv_caches:
-            assert isinstance(cache, BlockCache)
-            for source, destination in pairs:
-                cache.blocks[destination] = cache.blocks[source]
+        _copy(kv_caches, kv_caches, pairs)
+
+    def copy_to_host(
+        self, kv_caches: Sequence[KVCache], host_caches: Sequence[HostCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies whole blocks, one pair after the other."""
+        _copy(kv_caches, host_caches, pairs)
+
+    def copy_from_host(
+        self, host_caches: Sequence[HostCache], kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies whole blocks, one pair after the other."""
+        _copy(host_caches, kv_caches, pairs)
+
+
+def _copy(
+    sources: Sequence[KVCache], destinations: Sequence[KVCache], pairs: Sequence[tuple[int, int]]
+) -> None:
+    for read, write in zip(sources, destinations, strict=True):
+        assert isinstance(read, BlockCache)
+        assert isinstance(write, BlockCache)
+        for i, j in pairs:
+            write.blocks[j] = read.blocks[i]

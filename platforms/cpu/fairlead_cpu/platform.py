@@ -1,6 +1,6 @@
 """The CPU as a Platform."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -13,11 +13,12 @@ from fairlead.interface import (
     LinearMethod,
     MemoryAllocator,
     MemoryInfo,
+    MemoryProfile,
     OpProvider,
 )
 from fairlead.ops.attention import ReferenceAttention
 from fairlead.ops.platform import BasicPlatform
-from fairlead_cpu import memory, native
+from fairlead_cpu import memory, memory_profile, native
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
 from fairlead_cpu.linear import linear_methods
@@ -67,3 +68,11 @@ class CpuPlatform(BasicPlatform):
     def memory_info(self) -> MemoryInfo:
         """The host's memory, or the control group's."""
         return memory.info()
+
+    def memory_profile(self, work: Callable[[], None]) -> MemoryProfile | None:
+        """By this process's own account with the system."""
+        return memory_profile.profile(work)
+
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """The device computes in the memory of the host: what it leaves of that."""
+        return max(self.memory_info().free_bytes - device_bytes, 0)
