@@ -35,10 +35,13 @@ class CpuPlatform(BasicPlatform):
         super().__init__(device)
         self.torch_device = torch.device("cpu")
         self.allocator: MemoryAllocator = HostAllocator()
-        self.capabilities = Capabilities(
-            dtypes=("bfloat16", "float32"), block_sizes=(16, 8, 32, 64, 128, 1, 2, 4), batch_invariant=False
-        )
         self._kernels = native.kernels()
+        self.capabilities = Capabilities(
+            dtypes=("bfloat16", "float32"),
+            block_sizes=(16, 8, 32, 64, 128, 1, 2, 4),
+            kv_layouts=("slots",) if self._kernels is None else ("segments", "slots"),
+            batch_invariant=self._kernels is not None,
+        )
         self.defaults = Defaults(
             dtype="bfloat16", block_size=16, max_num_batched_tokens=2048, device_memory_utilization=0.5
         )
