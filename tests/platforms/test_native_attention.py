@@ -81,9 +81,7 @@ class Prompt:
         return [self.table[p // size] * size + p % size for p in range(begin, end)]
 
 
-def step(
-    backend: NativeAttention, cache: BlockCache, parts: list[tuple[Prompt, int, int]]
-) -> list[torch.Tensor]:
+def step(backend: NativeAttention, cache: BlockCache, parts: list[tuple[Prompt, int, int]]) -> list[torch.Tensor]:
     """One step over tokens [begin, end) of some sequences; the outputs of each."""
     tables = np.zeros((len(parts), max(len(prompt.table) for prompt, _, _ in parts)), np.int32)
     for row, (prompt, _, _) in zip(tables, parts, strict=True):
@@ -168,9 +166,7 @@ def test_an_empty_step(kernels: native.Kernels) -> None:
     cache = new_cache(backend, 2)
     none = np.zeros(0, np.int32)
     plan = backend.plan(
-        AttentionMetadata(
-            query_lens_S=none, seq_lens_S=none, block_tables_SB=none.reshape(0, 0), slot_mapping_T=none
-        )
+        AttentionMetadata(query_lens_S=none, seq_lens_S=none, block_tables_SB=none.reshape(0, 0), slot_mapping_T=none)
     )
     assert backend.forward(torch.empty(0, 4, 16), torch.empty(0, 2, 16), torch.empty(0, 2, 16), cache, plan).shape == (
         0,
