@@ -12,13 +12,20 @@ from typing import Any, get_type_hints
 from fairlead.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+METRICS_COMPAT = ("none", "vllm", "vllm-legacy")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), positional: bool = False) -> Any:
-    """A dataclass field with its one-sentence help and its other accepted spellings (without dashes)."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "positional": positional})
+def setting(
+    default: Any, help: str, *, aliases: tuple[str, ...] = (), positional: bool = False, secret: bool = False
+) -> Any:
+    """A dataclass field with its one-sentence help and its other accepted spellings (without dashes).
+
+    No repr shows a secret one.
+    """
+    metadata = {"help": help, "aliases": aliases, "positional": positional}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def _at_least(config: object, name: str, low: float, *, optional: bool = False) -> None:
@@ -49,7 +56,6 @@ class ModelConfig:
     load_format: str = setting("auto", "'safetensors', 'dummy' (random weights, for benchmarks) or 'auto'.")
     max_model_len: int | None = setting(None, "Longest sequence in tokens; the model's own limit if not given.")
     seed: int = setting(0, "Seed of requests that bring none.")
-    served_model_name: str | None = setting(None, "Name of the model in the API, if not the one it was loaded by.")
     generation_config: str = setting("auto", "'auto' takes sampling defaults from the model, 'fairlead' ignores them.")
     structured_outputs_backend: str = setting(
         "auto",
@@ -161,12 +167,61 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8000, "Port to listen on.")
-    log_level: str = setting("info", "debug, info, warning or error.")
+    uds: str | None = setting(None, "Path of a Unix socket to listen on, in place of host and port.")
+    served_model_name: tuple[str, ...] = setting(
+        (), "Names of the model in the API, if not the one it was loaded by; answers bear the one that was asked for."
+    )
+    api_key: tuple[str, ...] = setting(
+        (), "Keys, one of which every request must then bring; /health needs none.", secret=True
+    )
+    api_key_file: str | None = setting(None, "File with one such key per line.")
+    metrics_without_key: bool = setting(False, "Show /metrics to requests that bring no key.")
+    ssl_certfile: str | None = setting(None, "PEM file of the server's certificate; HTTPS then replaces HTTP.")
+    ssl_keyfile: str | None = setting(None, "PEM file of the certificate's key, if it is not in the same file.")
+    ssl_keyfile_password: str | None = setting(None, "Password of the key file.", secret=True)
+    ssl_ca_certs: str | None = setting(None, "PEM file of the authorities that sign the certificates of clients.")
+    ssl_cert_reqs: int = setting(0, "Certificates of clients: 0 asks for none, 1 takes one, 2 needs one.")
+    cors_origins: tuple[str, ...] = setting(
+        (), "Origins whose pages may call the server, or '*'; none if not given.", aliases=("allowed_origins",)
+    )
+    cors_methods: tuple[str, ...] = setting(
+        ("GET", "POST"), "Methods that those pages may use.", aliases=("allowed_methods",)
+    )
+    cors_headers: tuple[str, ...] = setting(
+        ("authorization", "content-type", "x-api-key", "x-request-id"),
+        "Headers that those pages may send.",
+        aliases=("allowed_headers",),
+    )
+    cors_credentials: bool = setting(False, "Let those pages send cookies.", aliases=("allow_credentials",))
+    max_queued_requests: int = setting(1024, "Requests that may wait for their first step; more are refused with 429.")
+    max_queue_time: float | None = setting(None, "Seconds that a request may wait for its first step.")
+    max_request_time: float | None = setting(None, "Seconds that a request may take from its arrival to its end.")
+    shutdown_timeout: float = setting(30.0, "Seconds that requests in flight have to end after SIGTERM or SIGINT.")
+    metrics_compat: str = setting(
+        "vllm", f"Names of the metrics beside fairlead's own: {', '.join(METRICS_COMPAT)} (with those of old releases)."
+    )
+    log_level: str = setting("info", "debug, info, warning or error.", aliases=("uvicorn_log_level",))
 
     def __post_init__(self) -> None:
+        for name in ("served_model_name", "api_key", "cors_origins", "cors_methods", "cors_headers"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
         _one_of(self, "log_level", ("debug", "info", "warning", "error"))
+        _one_of(self, "metrics_compat", METRICS_COMPAT)
+        _at_least(self, "max_queued_requests", 1)
+        for name in ("max_queue_time", "max_request_time"):
+            _at_least(self, name, 0.001, optional=True)
+        _at_least(self, "shutdown_timeout", 0)
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ConfigError(f"ssl_cert_reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}")
+        if self.ssl_certfile is None and (self.ssl_keyfile is not None or self.ssl_ca_certs is not None):
+            raise ConfigError("ssl_keyfile and ssl_ca_certs need ssl_certfile, the server's own certificate")
+        if "" in self.api_key:
+            raise ConfigError("api_key is empty; give a key, or leave it out")
+        if self.cors_credentials and "*" in self.cors_origins:
+            raise ConfigError("cors_credentials needs cors_origins by name, not '*'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
             CacheGroup(num_blocks=n, sliding_window=window) for n, window in zip(num_blocks, windows, strict=True)
         ),
         info=EngineInfo(
-            model=config.model.served_model_name or config.model.model,
+            model=config.model.model,
             platform=platform.name,
             device=f"{device.name} ({device.description})",
             attention_backend=settings.attention_backend,
