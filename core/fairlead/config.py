@@ -17,6 +17,49 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Awaited:
+    """A setting that others have and that waits for its feature: it may be given at its neutral value alone."""
+
+    name: str
+    neutral: object
+    feature: str
+    short: str | None = None
+
+    def check(self, value: object) -> None:
+        """Raises ConfigError on any other value than the neutral one; text, as a flag has it, is compared as text."""
+        if value is not None and str(value).lower() != str(self.neutral).lower():
+            hint = "leave it out" if self.neutral is None else f"leave it out or give {self.neutral}"
+            raise ConfigError(f"{self.name}={value!r:.60}: {self.feature} is not there yet; {hint}")
+
+
+_PARALLEL, _SPECULATION, _ADAPTERS = "parallelism above 1", "speculative decoding", "serving of LoRA adapters"
+_TOOLS, _REASONING, _SLEEP = "tool calling", "parsing of reasoning", "sleep mode"
+AWAITED = (
+    Awaited(name="tensor_parallel_size", neutral=1, feature=_PARALLEL, short="tp"),
+    Awaited(name="pipeline_parallel_size", neutral=1, feature=_PARALLEL, short="pp"),
+    Awaited(name="data_parallel_size", neutral=1, feature=_PARALLEL, short="dp"),
+    Awaited(name="enable_expert_parallel", neutral=False, feature=_PARALLEL),
+    Awaited(name="speculative_config", neutral=None, feature=_SPECULATION),
+    Awaited(name="speculative_model", neutral=None, feature=_SPECULATION),
+    Awaited(name="num_speculative_tokens", neutral=None, feature=_SPECULATION),
+    Awaited(name="enable_lora", neutral=False, feature=_ADAPTERS),
+    Awaited(name="lora_modules", neutral=None, feature=_ADAPTERS),
+    Awaited(name="max_loras", neutral=None, feature=_ADAPTERS),
+    Awaited(name="max_lora_rank", neutral=None, feature=_ADAPTERS),
+    Awaited(name="enable_auto_tool_choice", neutral=False, feature=_TOOLS),
+    Awaited(name="tool_call_parser", neutral=None, feature=_TOOLS),
+    Awaited(name="enable_reasoning", neutral=False, feature=_REASONING),
+    Awaited(name="reasoning_parser", neutral=None, feature=_REASONING),
+    Awaited(name="enable_sleep_mode", neutral=False, feature=_SLEEP),
+    Awaited(name="kv_cache_dtype", neutral="auto", feature="a KV cache of another data type"),
+    Awaited(name="tokenizer_mode", neutral="auto", feature="another tokenizer mode"),
+    Awaited(name="trust_remote_code", neutral=False, feature="running code of a checkpoint"),
+    Awaited(name="cpu_offload_gb", neutral=0, feature="offloading of weights"),
+    Awaited(name="enable_prompt_embeds", neutral=False, feature="prompts as embeddings"),
+)
+
+
 def setting(
     default: Any, help: str, *, aliases: tuple[str, ...] = (), positional: bool = False, secret: bool = False
 ) -> Any:
@@ -151,7 +194,11 @@ class EngineConfig:
         """Builds a config from flat setting names or their aliases; raises ConfigError on an unknown name."""
         sections: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(cls)}
         homes = {name: s for s in engine_settings() for name in (s.name, *s.aliases)}
+        awaited = {a.name: a for a in AWAITED if a.name not in homes}
         for name, value in settings.items():
+            if name in awaited:
+                awaited[name].check(value)
+                continue
             if name not in homes:
                 close = difflib.get_close_matches(name, homes, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""

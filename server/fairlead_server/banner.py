@@ -22,7 +22,7 @@ def banner(info: EngineInfo, asked: PlatformConfig, config: ServerConfig, addres
     has_keys = bool(config.api_key or config.api_key_file)
     key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
     lines = engine_lines(info, asked) | {
-        "listening": f"{url}/v1" if config.uds is None else f"{config.uds}, at {url}/v1",
+        "listening": f"{url}/v1" if config.uds is None else f"{url}/v1, at {config.uds}",
         "try": f"{curl} {url}/v1/completions{key} -H 'Content-Type: application/json' "
         f"""-d '{{"model": "{name}", "prompt": "Once", "max_tokens": 32}}'""",
     }

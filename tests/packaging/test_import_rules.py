@@ -15,6 +15,7 @@ SOURCE_FOLDERS = ("core", "server", "platforms", "examples", "benchmarks")
 SCHEDULING_MAY = ("fairlead.scheduling", "fairlead.request", "fairlead.config", "fairlead.errors")
 PLATFORM_MAY = tuple(f"fairlead.{name}" for name in ("interface", "ops", "errors", "config", "request", "testing"))
 SERVER_MODULES = (
+    "checkpoint",
     "config",
     "errors",
     "request",
