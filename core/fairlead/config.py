@@ -247,6 +247,7 @@ class ServerConfig:
     metrics_compat: str = setting(
         "vllm", f"Names of the metrics beside fairlead's own: {', '.join(METRICS_COMPAT)} (with those of old releases)."
     )
+    log_format: str = setting("text", "text or json, a line each, on standard error.")
     log_level: str = setting("info", "debug, info, warning or error.", aliases=("uvicorn_log_level",))
 
     def __post_init__(self) -> None:
@@ -256,6 +257,7 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
         _one_of(self, "log_level", ("debug", "info", "warning", "error"))
+        _one_of(self, "log_format", ("text", "json"))
         _one_of(self, "metrics_compat", METRICS_COMPAT)
         _at_least(self, "max_queued_requests", 1)
         for name in ("max_queue_time", "max_request_time"):

@@ -21,6 +21,7 @@ from fairlead_server.access import read_keys
 from fairlead_server.app import create_app
 from fairlead_server.banner import banner
 from fairlead_server.http_protocol import HttpProtocol
+from fairlead_server.logs import set_up_logging
 from fairlead_server.service import Service
 
 GRACE_S = 5  # how long connections whose requests have ended may take to close
@@ -39,12 +40,7 @@ class PortTakenError(FairleadError):
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit status. Raises FairleadError if it cannot start."""
-    logging.basicConfig(
-        stream=sys.stderr, level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
-    if server_config.log_level != "debug":
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # the banner says the rest
-        logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
+    set_up_logging(server_config)
     read_keys(server_config)  # a wrong file is told before the model is loaded
     uds = server_config.uds
     listener = bind(server_config.host, server_config.port) if uds is None else bind_uds(uds)
@@ -54,11 +50,6 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         listener.close()
         if uds is not None:
             Path(uds).unlink(missing_ok=True)
-
-
-def _is_no_probe(record: logging.LogRecord) -> bool:
-    """Whether an access is worth a line; probes come every few seconds."""
-    return not any(f" {path} HTTP" in record.getMessage() for path in ("/health", "/ping", "/metrics"))
 
 
 def bind(host: str, port: int) -> socket.socket:
