@@ -156,10 +156,22 @@ class SchedulerConfig:
     max_num_batched_tokens: int | None = setting(
         None, "Tokens of one step, at most; longer prompts are computed in chunks. The platform's choice if not given."
     )
+    long_prefill_token_threshold: int | None = setting(
+        None, "Tokens of one prompt in one step, at most, so that others start beside it; no limit if not given."
+    )
+    scheduling_policy: str = setting(
+        "fcfs", "'fcfs' (order of arrival), 'priority' (lower numbers first), or the name of an installed policy."
+    )
+    priority_aging_s: float = setting(
+        60.0, "Seconds of waiting that outweigh one level of priority, so that nobody starves."
+    )
+    async_scheduling: bool = setting(True, "Prepare a step while the one before it runs.")
 
     def __post_init__(self) -> None:
         _at_least(self, "max_num_seqs", 1)
         _at_least(self, "max_num_batched_tokens", 1, optional=True)
+        _at_least(self, "long_prefill_token_threshold", 1, optional=True)
+        _at_least(self, "priority_aging_s", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

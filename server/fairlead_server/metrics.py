@@ -119,7 +119,7 @@ class RequestHistograms:
             if series.kind == "histogram" and not series.is_legacy
         }
 
-    def step(self, num_tokens: int) -> None:
+    def step(self, num_tokens: float) -> None:
         self._observe("iteration_tokens_total", num_tokens)
 
     def gap(self, seconds: float) -> None:

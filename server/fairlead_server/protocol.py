@@ -106,6 +106,7 @@ class GenerationBody(_Body):
     add_special_tokens: bool | None = None
     echo: bool | None = None
     request_id: RequestId | None = None
+    priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
 

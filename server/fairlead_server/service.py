@@ -14,6 +14,7 @@ from fairlead.engine.async_engine import AsyncEngine, RequestStream
 from fairlead.errors import ContextLengthError, DeadlineError
 from fairlead.request import Request, RequestOutput, SamplingParams
 from fairlead_server.errors import ApiError, ClientDisconnectedError, model_not_found, overloaded
+from fairlead_server.protocol import GenerationBody
 
 REFUSALS = ("queue_full", "queue_timeout", "draining")  # why a request is not run
 
@@ -59,14 +60,14 @@ class Service:
         return Generation(self, requests)
 
     def request(
-        self, prompt: list[int], params: SamplingParams, *, default_max_tokens: int | None, salt: str
+        self, prompt: list[int], params: SamplingParams, body: GenerationBody, *, default_max_tokens: int | None
     ) -> Request:
         """Makes the engine's request. `default_max_tokens` holds where params.max_tokens is None, as far as it fits.
 
         Raises RequestError if the model can never run it: prompt and asked max_tokens must fit the context together.
         """
         limit = self.engine.info.max_model_len
-        request = self.engine.request(prompt, params, cache_salt=salt)
+        request = self.engine.request(prompt, params, cache_salt=body.cache_salt or "", priority=body.priority or 0)
         num_prompt = len(request.prompt_token_ids)
         room = limit - num_prompt
         if params.max_tokens is None:

@@ -20,7 +20,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
     "verbosity": ("medium",),
     "chat_template": (),
-    "priority": (0,),
     "prompt_embeds": (),
 }
 

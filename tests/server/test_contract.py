@@ -163,3 +163,15 @@ def test_several_names_are_listed_and_each_is_answered_under(serving: Any) -> No
         ):
             assert client.post(path, json={**body, "model": "demo"}).status_code == 404
         assert 'model_name="a"' in client.get("/metrics").text
+
+
+def test_a_priority_reaches_the_engine_under_that_policy(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(scheduling_policy="priority") as server, httpx.Client(base_url=server.url) as client:
+        seen: list[int] = []
+        submit = server.engine.submit
+        monkeypatch.setattr(
+            server.engine, "submit", lambda request, **rest: seen.append(request.priority) or submit(request, **rest)
+        )
+        for priority in (-3, None, 7):
+            ok(client.post("/v1/completions", json={"prompt": [300], "max_tokens": 1, "priority": priority}))
+    assert seen == [-3, 0, 7]

@@ -123,8 +123,8 @@ def test_a_neutral_value_passes(name: str, value: object) -> None:
 
 def test_a_number_is_no_boolean() -> None:
     with pytest.raises(RequestError):
-        refuse_unsupported({"priority": False})
-    refuse_unsupported({"priority": 0.0})
+        refuse_unsupported({"suffix": False})
+    refuse_unsupported({"suffix": ""})
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,9 @@ def test_a_number_is_no_boolean() -> None:
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [5, 1024]}, "allowed_token_ids"),
         ({"bad_words": [""]}, "bad_words"),
+        ({"priority": 1}, "priority"),
+        ({"priority": 2**31}, "priority"),
+        ({"priority": False}, "priority"),
         ({"logits_processors": [{"qualname": "os.system"}]}, "logits_processors"),
     ],
 )

@@ -122,7 +122,8 @@ class AsyncEngine:
     survives that; no new one is taken.
     """
 
-    def __init__(self, connection: EngineConnection, info: EngineInfo, front: FrontEnd) -> None:
+    def __init__(self, connection: EngineConnection, config: EngineConfig, info: EngineInfo, front: FrontEnd) -> None:
+        self.config = config
         self.info = info
         self.front_end = front
         self.stats = EngineStats()
@@ -153,7 +154,7 @@ class AsyncEngine:
             for part in parts:
                 if part.done():
                     part.result()
-            return cls(connection, info.result(), front.result())
+            return cls(connection, config, info.result(), front.result())
         except BaseException:
             info.cancel()
             connection.kill()
@@ -179,12 +180,20 @@ class AsyncEngine:
         """A chat as text and token ids, through the model's template. Raises RequestError."""
         return await in_thread(lambda: self.front_end.encode_chat(messages, options))
 
-    def request(self, prompt_token_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Request:
+    def request(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = "", priority: int = 0
+    ) -> Request:
         """Makes a request that the engine can run, under an id of its own. Raises RequestError if it cannot."""
+        if priority and self.config.scheduler.scheduling_policy == "fcfs":
+            message = "the server serves requests in order of arrival; --scheduling-policy priority changes that"
+            raise RequestError(message, param="priority")
         if params.callables:
             message = "the engine runs in another process: logits_processors must be names of entry points"
             raise RequestError(message, param="logits_processors")
-        return self.front_end.request(uuid.uuid4().hex, prompt_token_ids, params, self.info, cache_salt=cache_salt)
+        request_id = uuid.uuid4().hex
+        return self.front_end.request(
+            request_id, prompt_token_ids, params, self.info, cache_salt=cache_salt, priority=priority
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -257,12 +266,10 @@ class AsyncEngine:
     def _handle(self, message: FromEngine) -> None:
         match message:
             case Step():
-                if self.observer is not None:
-                    self.observer.step(message.stats.num_scheduled_tokens - self.stats.num_scheduled_tokens)
-                self.stats = message.stats
+                self._take_stats(message.stats)
                 self._deliver(message)
             case Heartbeat():
-                self.stats = message.stats
+                self._take_stats(message.stats)
             case Rejected():
                 self._reject(message)
             case Failed():
@@ -275,6 +282,14 @@ class AsyncEngine:
         status = await asyncio.shield(self._connection.exited)  # close() still needs it when this task is cancelled
         await asyncio.sleep(_LAST_WORDS_S)  # it may have said why
         self._die(_how_it_ended(status))
+
+    def _take_stats(self, stats: EngineStats) -> None:
+        num_steps = stats.num_steps - self.stats.num_steps
+        if self.observer is not None and num_steps:
+            num_tokens = stats.num_scheduled_tokens - self.stats.num_scheduled_tokens
+            for _ in range(num_steps):  # one, or those that were prepared ahead
+                self.observer.step(num_tokens / num_steps)
+        self.stats = stats
 
     def _deliver(self, step: Step) -> None:
         now = self._last_message_at

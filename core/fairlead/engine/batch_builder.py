@@ -1,6 +1,7 @@
 """From the scheduler's integers to the model's tensors. Torch enters here.
 
-Shapes: T packed tokens, S sequences, R sequences that sample, B blocks of the longest table.
+Shapes: T packed tokens, S sequences, R sequences that sample, P tokens that the step before samples, B blocks of the
+longest table.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,17 @@ from fairlead.scheduling.batch import ScheduledBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInput:
-    """One step's tensors, on the device. `sample_rows_R` are the packed rows whose logits are wanted."""
+    """One step's tensors, on the device. `sample_rows_R` are the packed rows whose logits are wanted.
+
+    The tokens of the rows `pending_rows_P` are those that the step before samples in its rows `pending_sources_P`; None
+    where all tokens are known.
+    """
 
     token_ids_T: torch.Tensor
     positions_T: torch.Tensor
     sample_rows_R: torch.Tensor
+    pending_rows_P: torch.Tensor | None
+    pending_sources_P: torch.Tensor | None
     attention: tuple[AttentionMetadata, ...]  # per cache group
 
 
@@ -27,12 +34,16 @@ def build_input(batch: ScheduledBatch, block_size: int, device: torch.device) ->
     """Packs the chunks of a step one behind the other."""
     chunks = batch.chunks
     num_seqs = len(chunks)
-    query_lens_S = np.fromiter((len(c.token_ids) for c in chunks), np.int32, num_seqs)
+    query_lens_S = np.fromiter((c.num_tokens for c in chunks), np.int32, num_seqs)
     starts_S = np.fromiter((c.start for c in chunks), np.int32, num_seqs)
     num_tokens = int(query_lens_S.sum())
-    token_ids_T = np.fromiter(chain.from_iterable(c.token_ids for c in chunks), np.int64, num_tokens)
-
+    token_ids_T = np.fromiter(chain.from_iterable(c.token_ids or (0,) for c in chunks), np.int64, num_tokens)
     ends_S = np.cumsum(query_lens_S)
+    pending = [
+        (end - 1, c.source_row) for end, c in zip(ends_S.tolist(), chunks, strict=True) if c.source_row is not None
+    ]
+    pending_P2 = torch.tensor(pending, dtype=torch.int64).to(device) if pending else None
+
     sequence_T = np.repeat(np.arange(num_seqs), query_lens_S)
     positions_T = np.arange(num_tokens) - np.repeat(ends_S - query_lens_S, query_lens_S) + starts_S[sequence_T]
 
@@ -51,6 +62,8 @@ def build_input(batch: ScheduledBatch, block_size: int, device: torch.device) ->
         token_ids_T=torch.from_numpy(token_ids_T).to(device),
         positions_T=torch.from_numpy(positions_T).to(device),
         sample_rows_R=torch.from_numpy((ends_S - 1)[samples_S]).to(device),
+        pending_rows_P=None if pending_P2 is None else pending_P2[:, 0],
+        pending_sources_P=None if pending_P2 is None else pending_P2[:, 1],
         attention=tuple(metadata(group) for group in range(len(chunks[0].block_tables))),
     )
 

@@ -61,7 +61,14 @@ class FrontEnd:
         )
 
     def request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, info: EngineInfo, *, cache_salt: str = ""
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        info: EngineInfo,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
     ) -> Request:
         """Makes a request that the engine of `info` can run, its prompt truncated as params ask.
 
@@ -77,6 +84,7 @@ class FrontEnd:
             params=params,
             eos_token_ids=self.eos_token_ids,
             cache_salt=cache_salt,
+            priority=priority,
             bad_words_token_ids=self._spellings(params.bad_words),
         )
         request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)

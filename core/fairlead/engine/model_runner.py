@@ -1,12 +1,13 @@
 """Runs one step on one platform: the only place where model, cache, attention backends and sampler meet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 
-from fairlead.engine.batch_builder import build_input
+from fairlead.engine.batch_builder import ModelInput, build_input
 from fairlead.interface import AttentionBackend, KVCache
 from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
@@ -14,9 +15,18 @@ from fairlead.request import TokenLogprobs
 from fairlead.sampling.logprobs import token_logprobs
 from fairlead.sampling.sampler import SamplingBatch, sample
 from fairlead.sampling.structured.policy import PendingBitmask, TokenBitmask
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch, StepResult
+from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledBatch, StepResult
 
 _MAX_ROWS = 256  # of prompt log-probabilities at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedStep:
+    """A step that is ready to run."""
+
+    batch: ScheduledBatch
+    inputs: ModelInput
+    step: Step
 
 
 class ModelRunner:
@@ -39,29 +49,50 @@ class ModelRunner:
         self.kv_caches: list[list[KVCache]] = []
         self._block_size, self._device = block_size, device
         self._apply_token_bitmask = apply_token_bitmask
+        self._sampled_R: torch.Tensor | None = None  # by the latest step, on the device
 
     def allocate_cache(self, num_blocks: Seq[int]) -> None:
         """Allocates the KV cache, so many blocks per group; freed with the runner."""
         self.kv_caches = [b.allocate(n) for b, n in zip(self.backends, num_blocks, strict=True)]
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch, bitmask: PendingBitmask | None = None) -> StepResult:
-        """Computes a step. Fills the cache as a side effect.
-
-        `bitmask` is what the rows with a grammar may sample; it is waited for once the model has run.
-        """
+    def prepare(self, batch: ScheduledBatch) -> PreparedStep:
+        """Makes what a step needs on the device. May be called while the step before runs."""
         inputs = build_input(batch, self._block_size, self._device)
-        for group, source, destination in batch.block_copies:
-            self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
         parts = zip(self.backends, self.kv_caches, inputs.attention, strict=True)
         step = Step(groups=tuple(StepGroup(backend=b, kv_caches=c, plan=b.plan(m)) for b, c, m in parts))
-        hidden_TE = self.model(inputs.token_ids_T, inputs.positions_T, step)
+        return PreparedStep(batch=batch, inputs=inputs, step=step)
+
+    @torch.inference_mode()
+    def forward(self, prepared: PreparedStep) -> torch.Tensor:
+        """Runs the model; fills the cache as a side effect. Steps come in order, each forward and then sample."""
+        inputs = prepared.inputs
+        if inputs.pending_rows_P is not None:
+            assert self._sampled_R is not None
+            inputs.token_ids_T[inputs.pending_rows_P] = self._sampled_R[inputs.pending_sources_P]
+        for group, source, destination in prepared.batch.block_copies:
+            self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
+        return self.model(inputs.token_ids_T, inputs.positions_T, prepared.step)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prepared: PreparedStep,
+        hidden_TE: torch.Tensor,
+        contexts: Mapping[int, SampleContext],
+        bitmask: PendingBitmask | None,
+    ) -> StepResult:
+        """Samples after `forward`. `contexts` are those of `Scheduler.sample_contexts`.
+
+        `bitmask` is what the rows with a grammar may sample; it is waited for.
+        """
+        batch = prepared.batch
         samplers = [c for c in batch.chunks if c.sample_seed is not None]
         sampled: list[SampledToken] = []
         if samplers:
-            logits_RV = self.model.logits(hidden_TE[inputs.sample_rows_R])
+            logits_RV = self.model.logits(hidden_TE[prepared.inputs.sample_rows_R])
             allowed_RV = None if bitmask is None else self._masked(logits_RV, bitmask.wait())
-            sampled = sample(logits_RV, SamplingBatch.of(samplers), allowed_RV)
+            sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV)
         return StepResult(sampled=sampled, prompt_logprobs=self._prompt_logprobs(batch, hidden_TE))
 
     def _prompt_logprobs(self, batch: ScheduledBatch, hidden_TE: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
@@ -78,7 +109,7 @@ class ModelRunner:
                     logprobs_RV = self.model.logits(hidden_NE[i : i + _MAX_ROWS]).log_softmax(-1)
                     targets_R = targets_N[i : i + _MAX_ROWS]
                     rows += token_logprobs(logprobs_RV, targets_R, [wanted] * len(targets_R))
-            first_row += len(chunk.token_ids)
+            first_row += chunk.num_tokens
         return found
 
     def _masked(self, logits_RV: torch.Tensor, bitmask: TokenBitmask) -> torch.Tensor:

@@ -19,7 +19,7 @@ class Timeline:
 class EngineObserver(Protocol):
     """Hears of every step and every request of an AsyncEngine, in its event loop; it must not wait."""
 
-    def step(self, num_tokens: int) -> None:
+    def step(self, num_tokens: float) -> None:
         """The engine computed a step of so many tokens."""
 
     def gap(self, seconds: float) -> None:

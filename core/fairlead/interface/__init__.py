@@ -11,6 +11,7 @@ from fairlead.interface.memory import MemoryAllocator, MemoryInfo
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
+from fairlead.interface.scheduling import QueuedRequest, SchedulingPolicy
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
 
 hookimpl = pluggy.HookimplMarker("fairlead")
@@ -32,5 +33,7 @@ __all__ = [
     "OpProvider",
     "Platform",
     "PlatformSpec",
+    "QueuedRequest",
+    "SchedulingPolicy",
     "hookimpl",
 ]

@@ -7,7 +7,7 @@ as flat indices into the logits, since a vocabulary is a thousand times as wide.
 Shapes: S sequences, V vocabulary, P rows with penalties, N places (one per row and token), R rows with allowed tokens.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import cast
@@ -18,7 +18,7 @@ import torch
 from fairlead import plugins
 from fairlead.interface import LogitsProcessor
 from fairlead.sampling_params import stop_tokens
-from fairlead.scheduling.batch import SampleContext, ScheduledChunk
+from fairlead.scheduling.batch import SampleContext
 
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -122,10 +122,9 @@ class LogitEdits:
     penalties: _Penalties | None
 
     @classmethod
-    def of(cls, chunks: Seq[ScheduledChunk]) -> "LogitEdits | None":
-        """Collects the edits of the chunks that sample, in order; None if there are none."""
-        extras = [(row, chunk.extras) for row, chunk in enumerate(chunks) if chunk.extras is not None]
-        contexts = [(row, extra.context) for row, extra in extras if extra.context is not None]
+    def of(cls, context_of: Mapping[int, SampleContext], num_rows: int) -> "LogitEdits | None":
+        """Collects the edits of a step, whose sampled tokens have these contexts, by row; None if there are none."""
+        contexts = list(context_of.items())
         if not contexts:
             return None
         allowed = [(row, ids) for row, c in contexts if (ids := c.request.params.allowed_token_ids) is not None]
@@ -137,7 +136,7 @@ class LogitEdits:
             biased=_Places.of((row, tuple(bias)) for row, bias in biases),
             bias_N=np.array([value for _, bias in biases for value in bias.values()], dtype=np.float32),
             banned=_Places.of((row, list(_banned(c))) for row, c in contexts),
-            penalties=_Penalties.of(contexts, len(chunks)),
+            penalties=_Penalties.of(contexts, num_rows),
         )
 
     def apply(self, logits_SV: torch.Tensor) -> tuple[torch.Tensor, dict[int, str]]:

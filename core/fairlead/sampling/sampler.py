@@ -6,6 +6,7 @@ with a seed gets the same tokens whatever shares its batch, before and after a p
 Shapes: S sequences, R rows of them, V vocabulary, W best tokens.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from fairlead.request import SamplingParams, TokenLogprobs
 from fairlead.sampling.edits import LogitEdits
 from fairlead.sampling.logprobs import token_logprobs
-from fairlead.scheduling.batch import SampledToken, ScheduledChunk
+from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledChunk
 
 _NUM_CANDIDATES = 512  # enough for nearly every top_p or min_p; to sort all of V = 128k takes 20 times as long
 _FLOAT32 = np.finfo(np.float32)
@@ -64,12 +65,12 @@ class SamplingBatch:
     logprobs_S: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, chunks: Seq[ScheduledChunk]) -> "SamplingBatch":
-        """Collects the parameters of the chunks that sample, in order."""
+    def of(cls, chunks: Seq[ScheduledChunk], contexts: Mapping[int, SampleContext] | None = None) -> "SamplingBatch":
+        """Collects the parameters of the chunks that sample, in order; `contexts` by their place, where needed."""
         drawn = [(i, _keeps_all(c.params)) for i, c in enumerate(chunks) if not c.params.is_greedy]
         return cls(
             beams=[i for i, c in enumerate(chunks) if c.extras is not None and c.extras.is_beam],
-            edits=LogitEdits.of(chunks),
+            edits=LogitEdits.of(contexts or {}, num_rows=len(chunks)),
             plain=DrawnRows.of(chunks, [i for i, keeps_all in drawn if keeps_all]),
             filtered=DrawnRows.of(chunks, [i for i, keeps_all in drawn if not keeps_all]),
             logprobs_S=tuple(c.params.logprobs if c.extras is None else c.extras.num_logprobs for c in chunks),
@@ -99,9 +100,12 @@ def _mix(z: np.ndarray) -> np.ndarray:
     return mixed
 
 
-def sample(logits_SV: torch.Tensor, batch: SamplingBatch, allowed_SV: torch.Tensor | None = None) -> list[SampledToken]:
+def sample(
+    logits_SV: torch.Tensor, batch: SamplingBatch, allowed_SV: torch.Tensor | None = None
+) -> tuple[list[SampledToken], torch.Tensor]:
     """Draws a token for every row; a row whose best logit is not finite (NaN anywhere, +inf, or all -inf) gets
-    token_id None and leaves the others as they are.
+    token_id None and leaves the others as they are. Returns the tokens on the device, too (S,) int64: any token in
+    such a row.
 
     Greedy rows take the first of the largest logits. The others: temperature, then top_k, top_p and min_p, each on
     the distribution that the one before left, renormalised (the order of transformers), all of it on the edited logits.
@@ -140,7 +144,7 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch, allowed_SV: torch.Tens
     ]
     for i, error in errors.items():
         sampled[i] = SampledToken(token_id=None, error=error)
-    return sampled
+    return sampled, tokens_S
 
 
 def _probs(logits_RV: torch.Tensor, best_R: torch.Tensor, drawn: DrawnRows) -> torch.Tensor:

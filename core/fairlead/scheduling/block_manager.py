@@ -70,7 +70,7 @@ class BlockManager:
         Takes no reference. Hashes are kept in the sequence, so that each block is hashed once in its life.
         """
         # Prompt log-probabilities come from computing the prompt: such a request takes nothing from the cache.
-        may_hit = self._caching and seq.prompt_logprobs is None
+        may_hit = self._caching and seq.may_hit_cache and seq.prompt_logprobs is None
         num_full = (seq.num_tokens - 1) // self.block_size if may_hit else 0
         self._extend_hashes(seq, num_full)
         hashes = seq.block_hashes[:num_full]
@@ -88,14 +88,26 @@ class BlockManager:
             tables.append(BlockTable(first, [b for b in blocks if b is not None]))
         return CachedPrefix(num_blocks=num_blocks, tables=tuple(tables))
 
-    def can_admit(self, seq: Sequence, prefix: CachedPrefix) -> bool:
-        """Whether a waiting sequence fits whole, its cached prefix taken into account."""
-        for group, pool, table in zip(self.groups, self.pools, prefix.tables, strict=True):
-            most = blocks_per_sequence(group.sliding_window, seq.num_tokens, self.block_size, self._max_chunk)
-            num_new = min(most, self.num_blocks_for(seq.num_tokens) - table.first) - len(table.blocks)
-            if num_new > pool.num_available - pool.num_idle(table.blocks):
-                return False
-        return True
+    def can_admit(self, seq: Sequence, prefix: CachedPrefix, claimed: Seq[int] | None = None) -> bool:
+        """Whether a waiting sequence fits whole, its cached prefix taken into account.
+
+        `claimed` blocks of each group are left to others.
+        """
+        missing = self._num_missing(seq, prefix.tables)
+        return all(
+            num_new + others <= pool.num_available - pool.num_idle(table.blocks)
+            for pool, table, num_new, others in zip(
+                self.pools, prefix.tables, missing, claimed or [0] * len(self.pools), strict=True
+            )
+        )
+
+    def num_claimed(self, seqs: Iterable[Sequence]) -> list[int]:
+        """The blocks, by group, that these sequences still need until all their known tokens are computed."""
+        claimed = [0] * len(self.groups)
+        for seq in seqs:
+            for group, num_blocks in enumerate(self._num_missing(seq, seq.block_tables)):
+                claimed[group] += num_blocks
+        return claimed
 
     def attach(self, seq: Sequence, prefix: CachedPrefix) -> None:
         """Gives a sequence without blocks its cached prefix and counts those tokens as computed."""
@@ -104,6 +116,8 @@ class BlockManager:
             for block in table.blocks:
                 pool.reference(block)
         seq.block_tables = list(prefix.tables)
+        seq.num_published = prefix.num_blocks
+        seq.has_shared_context = prefix.num_blocks > 0
         seq.num_computed_tokens = prefix.num_blocks * self.block_size
 
     def reserve(self, seq: Sequence, num_tokens: int) -> list[tuple[int, int, int]] | None:
@@ -112,13 +126,15 @@ class BlockManager:
         Returns the block copies (group, source, destination) to make before the step writes, or None, with nothing
         taken, when too few blocks are left. Blocks that no later token can see are released. Blocks are published
         before they are computed: a step writes all keys and values of a layer before it reads any, so a sequence of
-        the same step may already share them.
+        the same step may already share them. One that a token fills which is not known yet is published later, at the
+        next call or when the sequence is freed.
         """
-        first = seq.num_computed_tokens // self.block_size
-        end = self.num_blocks_for(seq.num_computed_tokens + num_tokens)
+        start = seq.num_computed_tokens
+        first, end = start // self.block_size, self.num_blocks_for(start + num_tokens)
+        self._publish(seq, start)
         shared: list[bool] = []
         for group, pool, table in zip(self.groups, self.pools, seq.block_tables, strict=True):
-            self._release_before(group.first_visible(seq.num_computed_tokens) // self.block_size, pool, table)
+            self._release_before(group.first_visible(start) // self.block_size, pool, table)
             is_shared = first < table.end and not pool.is_writable(table.blocks[first - table.first])
             if end - table.end + is_shared > pool.num_available:
                 return None
@@ -132,15 +148,23 @@ class BlockManager:
                 pool.release(source)
             while table.end < end:
                 table.blocks.append(pool.allocate())
-        if self._caching:
-            self._publish(seq, first, (seq.num_computed_tokens + num_tokens) // self.block_size)
+        self._publish(seq, start + num_tokens)
+        seq.tables_snapshot = tuple((table.first, tuple(table.blocks)) for table in seq.block_tables)
+        seq.quiet_until = end * self.block_size
+        for group, table in self._with(seq.block_tables):
+            if group.sliding_window is not None:
+                leaves_at = (table.first + 1) * self.block_size + group.sliding_window - 1
+                seq.quiet_until = min(seq.quiet_until, leaves_at)
         return copies
 
-    def fork(self, parent: Sequence, child: Sequence) -> None:
-        """Shares the parent's blocks that hold the child's computed tokens; either copies before it writes there."""
+    def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
+        """Shares the parent's blocks of the first `num_tokens` tokens; either copies before it writes there."""
         assert not child.block_tables
+        child.num_computed_tokens, child.has_shared_context = num_tokens, True
         end = self.num_blocks_for(child.num_computed_tokens)
-        child.block_hashes = parent.block_hashes[: child.num_computed_tokens // self.block_size]
+        child.num_published = child.num_computed_tokens // self.block_size
+        child.block_hashes = parent.block_hashes[: child.num_published]
+        parent.quiet_until = 0
         for pool, table in zip(self.pools, parent.block_tables, strict=True):
             shared = table.blocks[: max(0, end - table.first)]
             child.block_tables.append(BlockTable(table.first, shared))
@@ -149,11 +173,12 @@ class BlockManager:
 
     def free(self, seq: Sequence) -> None:
         """Takes all blocks from a sequence; the last ones become the first to be evicted."""
+        self._publish(seq, seq.num_computed_tokens)
         for pool, table in zip(self.pools, seq.block_tables, strict=False):
             for block in reversed(table.blocks):
                 pool.release(block)
-        seq.block_tables = []
-        seq.num_computed_tokens = 0
+        seq.block_tables, seq.tables_snapshot = [], ()
+        seq.num_computed_tokens = seq.num_published = seq.quiet_until = 0
 
     def unpublish(self, seq: Sequence) -> None:
         """Forgets the cached prefix of a sequence, blocks that left its windows included: it is not to be trusted."""
@@ -188,11 +213,23 @@ class BlockManager:
             del table.blocks[:num_gone]
             table.first += num_gone
 
-    def _publish(self, seq: Sequence, first: int, num_full: int) -> None:
+    def _publish(self, seq: Sequence, num_tokens: int) -> None:
+        """Makes the blocks findable that the first `num_tokens` tokens fill, as far as those are known."""
+        num_full = min(num_tokens, seq.num_tokens) // self.block_size
+        if not self._caching or num_full <= seq.num_published:
+            return
         self._extend_hashes(seq, num_full)
         for pool, table in zip(self.pools, seq.block_tables, strict=True):
-            for i in range(first, num_full):
+            for i in range(seq.num_published, num_full):
                 pool.cache.publish(table.blocks[i - table.first], seq.block_hashes[i])
+        seq.num_published = num_full
+
+    def _num_missing(self, seq: Sequence, tables: Seq[BlockTable]) -> Iterator[int]:
+        """By group, the blocks that a sequence needs beyond its tables to compute all its known tokens."""
+        end = self.num_blocks_for(seq.num_tokens)
+        for group, table in self._with(tables):
+            most = blocks_per_sequence(group.sliding_window, seq.num_tokens, self.block_size, self._max_chunk)
+            yield min(most, end - table.first) - len(table.blocks)
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         hashes, size = seq.block_hashes, self.block_size

@@ -112,7 +112,7 @@ def router(service: Service) -> APIRouter:
         prompt = await service.engine.encode_chat(
             [message.for_template() for message in body.messages], body.chat_options()
         )
-        request = service.request(prompt.token_ids, params, default_max_tokens=None, salt=body.cache_salt or "")
+        request = service.request(prompt.token_ids, params, body, default_max_tokens=None)
         answer = ChatCompletion(service, body, http.state.request_id)
         generation = service.start([request])
         try:

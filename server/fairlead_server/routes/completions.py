@@ -120,7 +120,7 @@ def router(service: Service) -> APIRouter:
         for prompt in body.prompts():
             special = body.add_special_tokens is not False
             ids = await service.engine.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
-            request = service.request(ids, params, default_max_tokens=DEFAULT_MAX_TOKENS, salt=body.cache_salt or "")
+            request = service.request(ids, params, body, default_max_tokens=DEFAULT_MAX_TOKENS)
             requests.append(request)
             is_whole = len(request.prompt_token_ids) == len(ids)
             if not body.echo:

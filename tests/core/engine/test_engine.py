@@ -153,7 +153,6 @@ def test_nan_leaves_nothing_in_the_prefix_cache(model: Path) -> None:
     assert generate(engine, prompts(5)) == healthy
 
 
-@pytest.mark.xfail(strict=True, reason="blocks are shared before the step that fills them is known to be sound")
 def test_nan_in_a_block_that_is_shared_in_the_same_step(model: Path) -> None:
     engine = make_engine(model)
     prompt = prompts(5)["r3"]

@@ -31,7 +31,7 @@ def chunk(seed: int = 0, position: int = 0, **params: Any) -> ScheduledChunk:
 
 
 def draw(logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[SampledToken]:
-    return sample(logits, SamplingBatch.of(chunks))
+    return sample(logits, SamplingBatch.of(chunks))[0]
 
 
 def draw_at(logits_V: np.ndarray, uniforms: np.ndarray, **params: Any) -> list[int | None]:
@@ -43,7 +43,7 @@ def draw_at(logits_V: np.ndarray, uniforms: np.ndarray, **params: Any) -> list[i
         return None if drawn is None else dataclasses.replace(drawn, uniform_R=uniforms)
 
     batch = dataclasses.replace(batch, plain=chosen(batch.plain), filtered=chosen(batch.filtered))
-    return [token.token_id for token in sample(rows, batch)]
+    return [token.token_id for token in sample(rows, batch)[0]]
 
 
 def oracle(

@@ -16,7 +16,11 @@ def sequence(num_tokens: int, *, salt: str = "", first_token: int = 0) -> Sequen
     request = Request(
         request_id=str(next(ids)), prompt_token_ids=tuple(tokens), params=SamplingParams(), cache_salt=salt
     )
-    return Sequence(seq_id=next(ids), request=request, index=0, seed=0, token_ids=tokens)
+    return new_sequence(next(ids), request, tokens)
+
+
+def new_sequence(i: int, request: Request, tokens: list[int]) -> Sequence:
+    return Sequence(seq_id=i, request=request, index=0, seed=0, key=(0.0, i), max_num_tokens=1000, token_ids=tokens)
 
 
 def manager(num_blocks: int, *windows: int | None, caching: bool = True, max_chunk: int = 64) -> BlockManager:
@@ -57,15 +61,8 @@ def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) 
 
 def fork(blocks: BlockManager, parent: Sequence) -> Sequence:
     """A child that has its last prompt token to compute."""
-    child = Sequence(
-        seq_id=next(ids),
-        request=parent.request,
-        index=1,
-        seed=1,
-        token_ids=list(parent.token_ids),
-        num_computed_tokens=parent.num_tokens - 1,
-    )
-    blocks.fork(parent, child)
+    child = new_sequence(next(ids), parent.request, list(parent.token_ids))
+    blocks.fork(parent, child, num_tokens=parent.num_tokens - 1)
     return child
 
 
