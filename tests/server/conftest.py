@@ -228,9 +228,21 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
 
 
 @pytest.fixture(scope="module")
-def module_server() -> Iterator[ServerProcess]:
+def start_module_server() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts a `fairlead serve` that the tests of a module share; it must end well when they have."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str) -> ServerProcess:
+        started.append(ServerProcess(*arguments))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.terminate()
+        assert server.wait(60) == 0, server.stderr
+
+
+@pytest.fixture(scope="module")
+def module_server(start_module_server: Callable[..., ServerProcess]) -> ServerProcess:
     """One `fairlead serve demo` for the tests of a module."""
-    server = ServerProcess("demo", "--port", "0")
-    yield server
-    server.process.terminate()
-    assert server.wait(60) == 0, server.stderr
+    return start_module_server("demo", "--port", "0")

@@ -38,7 +38,8 @@ class Running:
 class FakeEngine:
     """Each step gives every sequence its prompt's next token, over and over."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, step_s: float = STEP_S) -> None:
+        self._step_s = step_s
         self.info = EngineInfo(
             model=config.model.model,
             platform="fake",
@@ -74,7 +75,7 @@ class FakeEngine:
         self._waiting = [r for r in self._waiting if r.request_id != request_id]
 
     def step(self) -> list[SequenceDelta]:
-        time.sleep(STEP_S)
+        time.sleep(self._step_s)
         self._num_steps += 1
         while self._waiting and len(self._running) + self._waiting[0].params.num_sequences <= self._max_num_seqs:
             request = self._waiting.pop(0)
@@ -149,10 +150,12 @@ def some_logprobs(token_id: int, num_best: int, value: float) -> TokenLogprobs:
 
 
 def load(config: EngineConfig) -> FakeEngine:
-    """`revision` may name an exception to raise, or "sleep" or "die"."""
+    """`revision` may name an exception to raise, or "slow" (steps), "sleep" or "die"."""
     match config.model.revision:
         case None:
             return FakeEngine(config)
+        case "slow":
+            return FakeEngine(config, step_s=0.1)
         case "sleep":
             time.sleep(3600)
         case "die":

@@ -47,8 +47,7 @@ def answer(connection: socket.socket) -> tuple[int, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def narrow(serving: Serving) -> Iterator[Any]:
     """One seat, two places in the queue."""
-    config = ServerConfig(max_queued_requests=2, max_queue_time=0.4, max_request_time=2.0)
-    with serving(config, max_num_seqs=1) as server:
+    with serving(ServerConfig(max_queued_requests=2), max_num_seqs=1, revision="slow") as server:
         yield server
 
 
@@ -57,8 +56,7 @@ def test_a_full_queue_is_429_and_counted(narrow: Any, until: Callable[..., bool]
     try:
         for i, connection in enumerate(connections):
             connection.sendall(post({**LONG, "stream": True}))
-            assert until(lambda i=i: narrow.service.num_active == i + 1)
-        assert until(lambda: narrow.engine.num_waiting == 2)
+            assert until(lambda i=i: (narrow.service.num_active, narrow.engine.num_waiting) == (i + 1, i))
         for path, body in (
             ("/v1/completions", LONG),
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
@@ -80,8 +78,11 @@ def test_an_empty_queue_takes_any_one_request(narrow: Any) -> None:
     assert httpx.post(f"{narrow.url}/v1/completions", json=body).status_code == 200
 
 
-def test_waiting_for_too_long_is_429_and_frees_the_place(narrow: Any, until: Callable[..., bool]) -> None:
-    with closing(connect(narrow)) as first:
+def test_waiting_for_too_long_is_429_and_frees_the_place(serving: Serving, until: Callable[..., bool]) -> None:
+    with (
+        serving(ServerConfig(max_queue_time=0.4), max_num_seqs=1, revision="slow") as narrow,
+        closing(connect(narrow)) as first,
+    ):
         first.sendall(post({**LONG, "stream": True}))
         assert until(lambda: narrow.engine.stats.num_requests_running == 1)
         start = time.monotonic()
@@ -90,8 +91,10 @@ def test_waiting_for_too_long_is_429_and_frees_the_place(narrow: Any, until: Cal
         assert (response.status_code, response.headers["retry-after"]) == (429, "1")
         assert "waited 0.4 s" in response.json()["error"]["message"]
         assert waited >= 0.4
-    assert until(lambda: narrow.engine.num_waiting == 0 and narrow.engine.stats.num_requests_running == 0)
-    assert narrow.service.num_refused["queue_timeout"] == 1
+        assert narrow.engine.num_waiting == 0
+        assert narrow.service.num_refused["queue_timeout"] == 1
+        first.close()
+        assert until(lambda: narrow.engine.stats.num_requests_running == 0)
 
 
 def test_a_request_that_takes_too_long_ends_with_an_error(serving: Serving, until: Callable[..., bool]) -> None:
@@ -107,8 +110,8 @@ def test_a_request_that_takes_too_long_ends_with_an_error(serving: Serving, unti
 
 
 def test_while_it_drains_new_requests_are_503_and_probes_tell(serving: Serving, until: Callable[..., bool]) -> None:
-    with serving() as server, httpx.Client(base_url=server.url) as client:
-        with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
+    with serving(revision="slow") as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        with client.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 30, "stream": True}) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.service.is_draining = True
