@@ -6,7 +6,7 @@ from starlette.middleware.cors import CORSMiddleware
 from fairlead import __version__
 from fairlead.config import ServerConfig
 from fairlead.engine.async_engine import AsyncEngine
-from fairlead_server import errors
+from fairlead_server import errors, openapi
 from fairlead_server.access import OPEN_PATHS, Keys, read_keys
 from fairlead_server.middleware import Admission, BodyLimit, Failures, RequestIds
 from fairlead_server.routes import chat, completions, health, models, tokenize
@@ -25,6 +25,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     for module in (models, completions, chat, tokenize, health):
         app.include_router(module.router(service))
     errors.install(app)
+    setattr(app, "openapi", lambda: openapi.document(app))  # noqa: B010  (how FastAPI has it replaced)
     app.add_middleware(Failures)  # the innermost; every further one lies around those before it
     app.add_middleware(BodyLimit)
     app.add_middleware(Admission, service=service)

@@ -44,7 +44,9 @@ class _JsonRequest(Request):
             value = _decoder.decode(body)
         except RecursionError as error:
             raise too_deep from error
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise HTTPException(400, "The body is not valid JSON: it is not UTF-8.") from error
+        except msgspec.DecodeError as error:
             raise HTTPException(400, f"The body is not valid JSON: {error}.") from error
         if body.count(b"[") + body.count(b"{") > MAX_NESTING and _depth(value) > MAX_NESTING:
             raise too_deep

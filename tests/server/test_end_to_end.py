@@ -123,6 +123,27 @@ def test_errors_are_the_clients_own_types(client: openai.OpenAI, server: str) ->
     assert malformed.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logits_processors": ["os.system"]},
+        {"structured_outputs": {"regex": "("}},
+        {"structured_outputs": {"regex": "(" * 30_000 + ")" * 30_000}},
+        {"structured_outputs": {"grammar": "root ::= nothing"}},
+        {"structured_outputs": {"choice": [str(i) for i in range(100_000)]}},
+        {"guided_json": {"$ref": "#"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+    ],
+    ids=["code", "regex", "parens", "grammar", "choices", "recursion", "schema"],
+)
+def test_what_only_the_engine_can_judge_is_400_on_every_route(server: str, fields: dict[str, Any]) -> None:
+    for path, prompt in (("completions", {"prompt": "Hi"}), ("chat/completions", {"messages": CHAT})):
+        response = httpx.post(f"{server}/v1/{path}", json={**prompt, "max_tokens": 3, **fields}, timeout=60)
+        assert response.status_code == 400, response.text
+        assert len(response.content) < 1500
+    assert httpx.post(f"{server}/v1/completions", json={"prompt": "Hi", "max_tokens": 5}, timeout=60).status_code == 200
+
+
 def test_a_tenth_of_a_second_is_enough_for_health_while_busy(server: str, client: openai.OpenAI) -> None:
     stream = client.completions.create(model="demo", prompt="ROMEO:", max_tokens=100, stream=True)
     next(iter(stream))
