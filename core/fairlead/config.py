@@ -165,7 +165,9 @@ class SchedulerConfig:
     priority_aging_s: float = setting(
         60.0, "Seconds of waiting that outweigh one level of priority, so that nobody starves."
     )
-    async_scheduling: bool = setting(True, "Prepare a step while the one before it runs.")
+    async_scheduling: bool | None = setting(
+        None, "Prepare a step while the one before it runs; the platform's choice if not given."
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, "max_num_seqs", 1)

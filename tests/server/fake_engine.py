@@ -153,7 +153,8 @@ def load(config: EngineConfig) -> FakeEngine:
     """`revision` may name an exception to raise, or "slow" (steps), "sleep" or "die"."""
     match config.model.revision:
         case None:
-            return FakeEngine(config)
+            step_s = float(sys.argv[1]) / 1000 if len(sys.argv) > 1 else STEP_S  # benchmarks ask for less
+            return FakeEngine(config, step_s=step_s)
         case "slow":
             return FakeEngine(config, step_s=0.1)
         case "sleep":

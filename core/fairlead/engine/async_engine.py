@@ -38,6 +38,7 @@ from fairlead.tokenization.chat_template import ChatOptions, ChatPrompt
 
 LONG_TEXT_CHARS = 4096  # longer prompts are tokenised in a thread
 HANG_S = 9.0  # silence after which the engine counts as hung; idle it speaks every second, busy after every step
+SLICE_S = 0.01  # how long the engine's messages may be taken in while streams wait for their turn
 _LAST_WORDS_S = 0.2
 
 logger = logging.getLogger("fairlead.engine")
@@ -254,11 +255,15 @@ class AsyncEngine:
         await self._connection.close(wait_s)
 
     async def _read(self) -> None:
+        slice_end = 0.0
         try:
             while self.cause is None:
-                message = await self._connection.receive()
+                message = await self._connection.receive()  # does not suspend while there are messages
                 self._last_message_at = time.monotonic()
                 self._handle(message)
+                if self._last_message_at >= slice_end:
+                    await asyncio.sleep(0)  # the readers of streams take their turn, and skip what they missed
+                    slice_end = time.monotonic() + SLICE_S
         except Exception as error:  # a fault on this side, or bytes that are no message: nobody may wait for ever
             logger.exception("the front end of the engine failed")
             self._die(f"the front end of the engine failed: {type(error).__name__}: {error}")

@@ -32,7 +32,7 @@ class EngineCore:
         self.info: EngineInfo = plan.info
         self.op_providers = plan.op_providers
         self._runner = built.runner
-        self._pipeline = Pipeline(built.runner, is_async=config.scheduler.async_scheduling)
+        self._pipeline = Pipeline(built.runner, is_async=settings.async_scheduling)
         self._in_flight: RunningStep | None = None
         blocks = BlockManager(
             plan.cache_groups,

@@ -35,6 +35,7 @@ class Negotiated:
     max_num_batched_tokens: int
     attention_backend: str
     device_memory_utilization: float
+    async_scheduling: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +158,7 @@ def negotiate(
     backend = next((name for name in names if name.lower() == wanted.lower()), None)
     if backend is None:
         reasons.append(f"attention_backend {wanted} (it has {', '.join(names)})")
+    is_async = config.scheduler.async_scheduling
     settings = Negotiated(
         dtype=dtype,
         block_size=block_size,
@@ -165,6 +167,7 @@ def negotiate(
         max_num_batched_tokens=max_batched,
         attention_backend=backend or wanted,
         device_memory_utilization=config.cache.device_memory_utilization or defaults.device_memory_utilization,
+        async_scheduling=defaults.async_scheduling if is_async is None else is_async,
     )
     return settings, reasons
 

@@ -63,12 +63,16 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Settings that suit a platform; the core applies them where the user gave none."""
+    """Settings that suit a platform; the core applies them where the user gave none.
+
+    `async_scheduling` pays where the device computes while the host's processors are free.
+    """
 
     dtype: str
     block_size: int
     max_num_batched_tokens: int
     device_memory_utilization: float
+    async_scheduling: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,6 +79,7 @@ def test_settings_are_the_users_else_the_platforms_else_the_models(model: Path, 
         max_num_batched_tokens=2048,
         attention_backend="sdpa",
         device_memory_utilization=0.5,
+        async_scheduling=False,
     )
     asked = {
         "dtype": "bfloat16",
@@ -88,6 +89,7 @@ def test_settings_are_the_users_else_the_platforms_else_the_models(model: Path, 
         "max_num_batched_tokens": 64,
         "attention_backend": "Reference",
         "device_memory_utilization": 0.25,
+        "async_scheduling": True,
     }
     assert dataclasses.asdict(build(model, **asked).plan.settings) == {**asked, "attention_backend": "reference"}
 
