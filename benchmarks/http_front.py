@@ -1,9 +1,9 @@
 """What the HTTP front costs, without the cost of a model: a server over the fake engine of the tests, under load.
 
-`python benchmarks/http_front.py [--clients 64] [--tokens 200] [--step-ms 5] [--profile FILE]` streams to so many clients
-at once and prints, as JSON, the tokens per second that they got, the time to the first token that one client alone
-sees beyond the engine's step, and the share of a core that server and load generator each used. The server runs in a process of its
-own; --profile writes its cProfile there.
+`python benchmarks/http_front.py [--clients 64] [--tokens 200] [--step-ms 5] [--profile FILE]` streams to so many
+clients at once and prints, as JSON, the tokens per second that they got, the time to the first token that one client
+alone sees beyond the engine's step, and the share of a core that server and load generator each used. The server runs
+in a process of its own; --profile writes its cProfile there.
 """
 
 import argparse

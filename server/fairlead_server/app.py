@@ -25,7 +25,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     for module in (models, completions, chat, tokenize, health):
         app.include_router(module.router(service))
     errors.install(app)
-    setattr(app, "openapi", lambda: openapi.document(app))  # noqa: B010  (how FastAPI has it replaced)
+    setattr(app, "openapi", lambda: openapi.document(app, service.model_names))  # noqa: B010  (how FastAPI has it replaced)
     app.add_middleware(Failures)  # the innermost; every further one lies around those before it
     app.add_middleware(BodyLimit)
     app.add_middleware(Admission, service=service)

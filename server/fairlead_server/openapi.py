@@ -1,5 +1,6 @@
 """What /openapi.json says beyond FastAPI's own: our errors, in place of its 422, and streams."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -36,16 +37,19 @@ OF_BODIES = {
     "500": "The model failed on this request.",
     "504": "The request took too long.",
 }
-PLAIN = {"/health", "/health/live", "/health/ready", "/health/startup", "/ping", "/metrics"}
+EMPTY = {"/health", "/health/live", "/health/ready", "/health/startup", "/ping"}
 
 
-def document(app: FastAPI) -> dict[str, Any]:
+def document(app: FastAPI, model_names: Sequence[str]) -> dict[str, Any]:
     """The OpenAPI document of the application, made once."""
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = made["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        for schema in schemas.values():
+            if "model" in schema.get("properties", {}):
+                schema["properties"]["model"] = {"enum": [*model_names, None], "default": None, "title": "Model"}
         schemas["Error"] = ERROR
         for path, methods in made["paths"].items():
             for operation in methods.values():
@@ -58,8 +62,10 @@ def document(app: FastAPI) -> dict[str, Any]:
 def _describe(path: str, operation: dict[str, Any]) -> None:
     responses = operation["responses"]
     responses.pop("422", None)
-    if path in PLAIN:
-        responses["200"] = {"description": "All is well.", "content": {"text/plain": {}}}
+    if path in EMPTY:
+        responses["200"] = {"description": "All is well."}
+    elif path == "/metrics":
+        responses["200"] = {"description": "Metrics in Prometheus' text format.", "content": {"text/plain": {}}}
     elif path in ("/v1/completions", "/v1/chat/completions"):
         responses["200"]["content"] = {"application/json": {}, "text/event-stream": {}}
     for status, text in (EVERYWHERE | (OF_BODIES if "requestBody" in operation else {})).items():
