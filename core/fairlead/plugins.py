@@ -379,6 +379,7 @@ _PLATFORM_MEMBERS = (
     "attention",
     "ops",
     "memory_info",
+    "memory_profile",
     "synchronize",
 )
 

@@ -366,6 +366,37 @@ def test_blocks_are_copied_in_the_order_given(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kind", ["keys and values", "latent"])
+def test_blocks_go_to_the_host_and_come_back_in_the_order_given(name: str, kind: str) -> None:
+    """Three device blocks, two host blocks; each holds its number, and each layer its own."""
+    backend = make_backend(name, make_shape(num_layers=2, block_size=4, **(LATENT if kind == "latent" else {})))
+    caches = [cache for cache in backend.allocate(3) if isinstance(cache, SlotCache)]
+    hosts = [cache for cache in backend.allocate_host(2) if isinstance(cache, SlotCache)]
+    assert len(caches) == len(hosts) == 2
+    assert all((cache.v is cache.k) == (kind == "latent") for cache in (*caches, *hosts))
+    assert [host.k.shape for host in hosts] == [(8, *cache.k.shape[1:]) for cache in caches]
+
+    def blocks(cache: SlotCache) -> list[list[float]]:
+        for tensor in (cache.k, cache.v):
+            assert torch.equal(tensor, tensor[:, :1, :1].expand_as(tensor))
+        return [tensor[::4, 0, 0].tolist() for tensor in (cache.k, cache.v)]
+
+    for layer, cache in enumerate(caches):
+        for number, tensor in enumerate((cache.k, cache.v)[: 1 if cache.v is cache.k else 2]):
+            values = torch.arange(3.0) + 10 * layer + 100 * number
+            tensor.copy_(values.repeat_interleave(4)[:, None, None].expand_as(tensor))
+    backend.copy_to_host(caches, hosts, [(0, 1), (1, 0), (2, 1)])
+
+    def holding(*numbers: float) -> list[list[list[float]]]:
+        bases = [(10 * layer, 10 * layer + 100 * (kind != "latent")) for layer in (0, 1)]
+        return [[[base + number for number in numbers] for base in pair] for pair in bases]
+
+    assert [blocks(host) for host in hosts] == holding(1, 2)
+    backend.copy_from_host(hosts, caches, [(0, 0), (1, 1), (0, 1)])
+    assert [blocks(cache) for cache in caches] == holding(1, 1, 2)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_block_bytes_are_what_the_allocator_hands_out(name: str) -> None:
     allocator = HostAllocator()
     shape = make_shape(num_layers=3, num_heads=6, num_kv_heads=2, head_size=20, block_size=8, dtype="bfloat16")

@@ -12,6 +12,8 @@ from fairlead_server.metrics import SERIES, Rates
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = (
     "num_preemptions",
+    "kv_blocks_swapped_out",
+    "kv_blocks_swapped_in",
     "prompt_tokens",
     "generation_tokens",
     "prefix_cache_queries",

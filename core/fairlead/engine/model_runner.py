@@ -1,6 +1,7 @@
 """Runs one step on one platform: the only place where model, cache, attention backends and sampler meet."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import cast
@@ -8,14 +9,14 @@ from typing import cast
 import torch
 
 from fairlead.engine.batch_builder import ModelInput, build_input
-from fairlead.interface import AttentionBackend, KVCache
+from fairlead.interface import AttentionBackend, HostCache, KVCache
 from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
 from fairlead.request import TokenLogprobs
 from fairlead.sampling.logprobs import token_logprobs
 from fairlead.sampling.sampler import SamplingBatch, sample
 from fairlead.sampling.structured.policy import PendingBitmask, TokenBitmask
-from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledBatch, StepResult
+from fairlead.scheduling.batch import BlockCopy, CopyKind, SampleContext, SampledToken, ScheduledBatch, StepResult
 
 _MAX_ROWS = 256  # of prompt log-probabilities at a time
 
@@ -47,6 +48,7 @@ class ModelRunner:
         self.model = cast(CausalLM, model)
         self.backends = tuple(backends)
         self.kv_caches: list[list[KVCache]] = []
+        self.host_caches: list[list[HostCache]] = []
         self._block_size, self._device = block_size, device
         self._apply_token_bitmask = apply_token_bitmask
         self._sampled_R: torch.Tensor | None = None  # by the latest step, on the device
@@ -54,6 +56,27 @@ class ModelRunner:
     def allocate_cache(self, num_blocks: Seq[int]) -> None:
         """Allocates the KV cache, so many blocks per group; freed with the runner."""
         self.kv_caches = [b.allocate(n) for b, n in zip(self.backends, num_blocks, strict=True)]
+
+    def allocate_host_cache(self, num_blocks: Seq[int]) -> None:
+        """Allocates the host's blocks, so many per group; freed with the runner, or by `free_host_cache`."""
+        self.host_caches = [b.allocate_host(n) for b, n in zip(self.backends, num_blocks, strict=True)]
+
+    def free_host_cache(self) -> None:
+        """Gives the host's memory back."""
+        self.host_caches = []
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """Copies blocks in the order given; waits for nothing."""
+        for (kind, group), run in itertools.groupby(copies, key=lambda c: (c.kind, c.group)):
+            backend, kv_cache = self.backends[group], self.kv_caches[group]
+            pairs = [(c.source, c.destination) for c in run]
+            if kind is CopyKind.WITHIN:
+                backend.copy_blocks(kv_cache, pairs)
+            elif kind is CopyKind.OUT:
+                backend.copy_to_host(kv_cache, self.host_caches[group], pairs)
+            else:
+                backend.copy_from_host(self.host_caches[group], kv_cache, pairs)
 
     @torch.inference_mode()
     def prepare(self, batch: ScheduledBatch) -> PreparedStep:
@@ -70,8 +93,7 @@ class ModelRunner:
         if inputs.pending_rows_P is not None:
             assert self._sampled_R is not None
             inputs.token_ids_T[inputs.pending_rows_P] = self._sampled_R[inputs.pending_sources_P]
-        for group, source, destination in prepared.batch.block_copies:
-            self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
+        self.copy_blocks(prepared.batch.block_copies)
         return self.model(inputs.token_ids_T, inputs.positions_T, prepared.step)
 
     @torch.inference_mode()

@@ -6,8 +6,15 @@ checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` retu
 
 import pluggy
 
-from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
-from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionShape,
+    AttentionSpec,
+    HostCache,
+    KVCache,
+)
+from fairlead.interface.memory import MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
@@ -25,10 +32,12 @@ __all__ = [
     "Capabilities",
     "Defaults",
     "Device",
+    "HostCache",
     "KVCache",
     "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
+    "MemoryProfile",
     "MoeSpec",
     "OpProvider",
     "Platform",

@@ -15,6 +15,22 @@ class MemoryInfo:
     free_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryProfile:
+    """What a piece of work took from the device, beyond what this process had before, in bytes.
+
+    `peak_bytes` is the most at one time; `kept_bytes` of it are still held at the end (workspaces, caches of
+    libraries). What other processes did meanwhile is in neither.
+    """
+
+    peak_bytes: int
+    kept_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kept_bytes <= self.peak_bytes:
+            raise ValueError(f"a memory profile keeps between 0 and its peak, got {self!r}")
+
+
 class MemoryAllocator(Protocol):
     """Hands out the device's memory under tags, so that it can be accounted for (and later offloaded) by tag."""
 

@@ -1,6 +1,6 @@
 """The CPU as a Platform."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -13,10 +13,11 @@ from fairlead.interface import (
     Device,
     MemoryAllocator,
     MemoryInfo,
+    MemoryProfile,
     OpProvider,
 )
 from fairlead.ops.attention import ReferenceAttention
-from fairlead_cpu import memory
+from fairlead_cpu import memory, memory_profile
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
 from fairlead_cpu.ops import PROVIDERS
@@ -57,6 +58,14 @@ class CpuPlatform:
     def memory_info(self) -> MemoryInfo:
         """The host's memory, or the control group's."""
         return memory.info()
+
+    def memory_profile(self, work: Callable[[], None]) -> MemoryProfile | None:
+        """By this process's own account with the system."""
+        return memory_profile.profile(work)
+
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """The device computes in the memory of the host: what it leaves of that."""
+        return max(self.memory_info().free_bytes - device_bytes, 0)
 
     def synchronize(self) -> None:
         """Nothing to wait for: torch's CPU ops have ended when they return."""
