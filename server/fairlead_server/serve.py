@@ -5,6 +5,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from fastapi import FastAPI
 
 from fairlead.config import EngineConfig, ServerConfig
 from fairlead.engine.async_engine import AsyncEngine
-from fairlead.errors import FairleadError
+from fairlead.errors import ConfigError, FairleadError
 from fairlead_server.access import read_keys
 from fairlead_server.app import create_app
 from fairlead_server.banner import banner
@@ -41,7 +42,8 @@ class PortTakenError(FairleadError):
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     """Serves until SIGINT or SIGTERM; returns the exit status. Raises FairleadError if it cannot start."""
     set_up_logging(server_config)
-    read_keys(server_config)  # a wrong file is told before the model is loaded
+    read_keys(server_config)  # wrong files are told before the model is loaded
+    check_certificate(server_config)
     uds = server_config.uds
     listener = bind(server_config.host, server_config.port) if uds is None else bind_uds(uds)
     try:
@@ -66,6 +68,19 @@ def bind(host: str, port: int) -> socket.socket:
             listener.close()
         raise _cannot_listen(host, port, error) from error
     return listener
+
+
+def check_certificate(config: ServerConfig) -> None:
+    """Raises ConfigError if the certificate, its key or its authorities cannot be used."""
+    if config.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, lambda: config.ssl_keyfile_password or "")
+        if config.ssl_ca_certs is not None:
+            context.load_verify_locations(config.ssl_ca_certs)
+    except OSError as error:  # ssl.SSLError is one
+        raise ConfigError(f"ssl_certfile {config.ssl_certfile} cannot be used: {error}") from error
 
 
 def bind_uds(path: str) -> socket.socket:

@@ -74,6 +74,7 @@ def no_serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         (["serve", "demo", "--trust-remote-code"], "running code of a checkpoint is not there yet"),
         (["serve", "demo", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"], "tool calling is not there"),
         (["serve", "demo", "--ssl-keyfile", "x"], "need ssl_certfile"),
+        (["serve", "demo", "--ssl-certfile", "/nowhere.pem"], "ssl_certfile /nowhere.pem cannot be used"),
         (["serve", "demo", "--metrics-compat", "x"], "metrics_compat must be one of none, vllm, vllm-legacy"),
         (["serve", "demo", "--max-queued-requests", "0"], "max_queued_requests must be at least 1"),
         (["serve", "demo", "--api-key-file", "/nowhere"], "api_key_file /nowhere cannot be read"),
