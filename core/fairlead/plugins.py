@@ -10,15 +10,19 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 import fairlead
 from fairlead import hookspecs
 from fairlead.config import PlatformConfig
+from fairlead.contract import check_platform
 from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError, RequestError
 from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, PlatformSpec, SchedulingPolicy
+
+if TYPE_CHECKING:
+    from fairlead.ops.listing import ProviderEntry
 
 ENTRY_POINT_GROUP = "fairlead.platforms"
 PROCESSOR_GROUP = "fairlead.logits_processors"
@@ -346,7 +350,8 @@ def environment(config: PlatformConfig) -> Mapping[str, str]:
 def create(record: PlatformRecord, device: Device) -> Platform:
     """Creates the platform.
 
-    Raises PluginContractError if what comes back is no Platform, PluginError naming the plugin if it raises.
+    Raises PluginContractError if what comes back is no Platform as it should be, PluginError naming the plugin if it
+    raises.
     """
     assert record.spec is not None
     try:
@@ -357,31 +362,15 @@ def create(record: PlatformRecord, device: Device) -> Platform:
         raise PluginError(
             f"platform {record.name!r} ({_owner(record)}) failed to create device {device.name!r}: {_one_line(error)}"
         ) from error
-    missing = [a for a in _PLATFORM_MEMBERS if getattr(platform, a, None) is None]
-    if missing:
-        raise PluginContractError(
-            plugin=record.name,
-            hook="create",
-            expected="a Platform",
-            got=f"{type(platform).__name__} without {', '.join(missing)}",
-        )
+    check_platform(platform, record.name, device)
     return platform
 
 
-_PLATFORM_MEMBERS = (
-    "name",
-    "device",
-    "torch_device",
-    "capabilities",
-    "defaults",
-    "allocator",
-    "attention_backends",
-    "attention",
-    "ops",
-    "memory_info",
-    "memory_profile",
-    "synchronize",
-)
+def providers(name: str) -> "list[ProviderEntry]":
+    """Creates the named platform on its first device and lists what it brings. Raises as `choose` and `create` do."""
+    from fairlead.ops.listing import list_providers  # torch enters here
+
+    return list_providers(create(*choose(PlatformConfig(platform=name))))
 
 
 def _one_line(error: BaseException) -> str:

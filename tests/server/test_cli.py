@@ -1,6 +1,7 @@
 """The command line: exit statuses, one line per error, layers of settings, and what is imported."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -57,7 +58,7 @@ def no_serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         (["nothing"], "nothing"),
         (["serve", "--port", "99999"], "port must be from 0 to 65535"),
         (["serve", "--dtype", "int3"], "dtype must be one of"),
-        (["serve", "--quantization", "gptq"], "quantization 'gptq' is not available"),
+        (["serve", "--quantization", "gptq"], "quantization must be one of int8, int4, got 'gptq'"),
         (["serve", "a", "--model", "b"], "two models are named: 'a' and --model 'b'"),
         (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
         (["serve", "--op-providers", "nonsense"], "OP=PROVIDER"),
@@ -220,6 +221,22 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, expected: str) -> None
     assert str(file) in str(raised.value)
 
 
+def test_the_providers_of_a_platform(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = invoke(capsys, "platforms", "--ops", "cpu")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["KIND", "NAME", "PROVIDER", "PRIORITY", "CHOSEN", "FOR", "REFUSES"]
+    assert ["op", "rms_norm", "torch", "10", "bfloat16,", "float32"] in rows
+    assert ["op", "rms_norm", "reference", "0"] in rows
+    code, out, _ = invoke(capsys, "platforms", "--ops", "cpu", "--json")
+    entries = json.loads(out)
+    assert code == 0
+    for kind, name in (("attention", ""), ("linear", "unquantized"), ("linear", "int8"), ("op", "draw")):
+        found = [e for e in entries if (e["kind"], e["name"]) == (kind, name)]
+        assert sorted(dtype for e in found for dtype in e["chosen_for"]) == ["bfloat16", "float32"]
+    assert "there is no platform 'acme'" in fails(capsys, 1, "platforms", "--ops", "acme")
+
+
 @pytest.mark.parametrize("arguments", ["--help", "serve --help", "run --help", "platforms", "--version"])
 def test_what_only_informs_imports_nothing_heavy(arguments: str) -> None:
     code = (
@@ -348,12 +365,18 @@ def test_secrets_come_from_the_environment_and_show_nowhere(
     assert "s3cret" not in out + err
 
 
-def test_completion_for_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fairlead_server.cli", "--show-completion", "bash"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "complete" in done.stdout
+def test_completion_for_the_shell() -> None:
+    """What --install-completion puts in place asks the program itself, by these variables."""
+    for variables, expected in (
+        ({"_FAIRLEAD_COMPLETE": "source_bash"}, "complete -o default -F"),
+        ({"_FAIRLEAD_COMPLETE": "complete_bash", "COMP_WORDS": "fairlead ser", "COMP_CWORD": "1"}, "serve"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fairlead_server.cli"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **variables},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert expected in done.stdout

@@ -1,23 +1,23 @@
 """`fairlead list`, `rm` and `pull` on a cache in the layout of huggingface_hub, offline."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
 from fairlead_server import cli
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     for name in ("org/one", "org/two"):
+        commit = hashlib.sha1(name.encode()).hexdigest()
         repo = tmp_path / f"models--{name.replace('/', '--')}"
         (repo / "refs").mkdir(parents=True)
-        (repo / "refs" / "main").write_text(COMMIT)
+        (repo / "refs" / "main").write_text(commit)
         (repo / "blobs").mkdir()
         (repo / "blobs" / "b1").write_bytes(b"x" * 1000)
-        snapshot = repo / "snapshots" / COMMIT
+        snapshot = repo / "snapshots" / commit
         snapshot.mkdir(parents=True)
         (snapshot / "config.json").symlink_to("../../blobs/b1")
     return tmp_path

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from fairlead.config import EngineConfig
 from fairlead.engine import swap_costs
+from fairlead.engine.first_step import check_first_step, warm_up
 from fairlead.engine.memory_profile import measure_activations
 from fairlead.engine.model_runner import ModelRunner
 from fairlead.engine.planner import EnginePlan, plan_engine, resize_cache
@@ -27,8 +28,8 @@ class BuiltEngine:
 def build(config: EngineConfig) -> BuiltEngine:
     """Loads the model of a config onto its platform.
 
-    Raises what `plan_engine` raises, and ModelError where a file turns out broken or memory runs out; each says what
-    to do.
+    Raises what `plan_engine` raises, ModelError where a file turns out broken or memory runs out, and
+    PluginContractError where the first step shows that the platform breaks its contract; each says what to do.
     """
     try:
         return _build(config)
@@ -52,13 +53,17 @@ def _build(config: EngineConfig) -> BuiltEngine:
         found.backends,
         block_size=found.settings.block_size,
         device=found.platform.torch_device,
-        apply_token_bitmask=found.context.ops.apply_token_bitmask,
+        ops=found.context.ops,
+        graph_runner=found.graph_runner,
     )
+    runner.allocate_cache([1] * len(found.backends))
+    check_first_step(runner, plugin=found.platform.name, vocab_size=found.shape.vocab_size)
     if config.cache.num_blocks is None and config.cache.kv_cache_memory is None:
         activation_bytes = measure_activations(found, runner)
         if activation_bytes is not None:
             found = resize_cache(found, config.cache, activation_bytes)
     runner.allocate_cache([group.num_blocks for group in found.cache_groups])
+    warm_up(runner)
     return _with_swap(BuiltEngine(plan=found, runner=runner))
 
 

@@ -1,7 +1,7 @@
 """Runs one step on one platform: the only place where model, cache, attention backends and sampler meet."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import cast
@@ -9,9 +9,11 @@ from typing import cast
 import torch
 
 from fairlead.engine.batch_builder import ModelInput, build_input
-from fairlead.interface import AttentionBackend, HostCache, KVCache
+from fairlead.engine.padded_model import PaddedModel
+from fairlead.interface import AttentionBackend, GraphRunner, HostCache, KVCache
 from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
+from fairlead.ops.table import Ops
 from fairlead.request import TokenLogprobs
 from fairlead.sampling.logprobs import token_logprobs
 from fairlead.sampling.sampler import SamplingBatch, sample
@@ -33,7 +35,8 @@ class PreparedStep:
 class ModelRunner:
     """Shared by all platforms, and made of the parts that they supply; a plugin never subclasses it.
 
-    `backends` has one attention backend per cache group.
+    `backends` has one attention backend per cache group. Where the graph runner has buckets, the cache has a block
+    more per group than the scheduler knows of: `padding_blocks`, in which padding lives.
     """
 
     def __init__(
@@ -43,19 +46,24 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
-        apply_token_bitmask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        ops: Ops,
+        graph_runner: GraphRunner,
     ) -> None:
         self.model = cast(CausalLM, model)
+        self.padded = PaddedModel(self.model, graph_runner)
         self.backends = tuple(backends)
         self.kv_caches: list[list[KVCache]] = []
         self.host_caches: list[list[HostCache]] = []
-        self._block_size, self._device = block_size, device
-        self._apply_token_bitmask = apply_token_bitmask
+        self.padding_blocks: tuple[int, ...] = ()
+        self.block_size, self.device = block_size, device
+        self._ops = ops
         self._sampled_R: torch.Tensor | None = None  # by the latest step, on the device
 
     def allocate_cache(self, num_blocks: Seq[int]) -> None:
-        """Allocates the KV cache, so many blocks per group; freed with the runner."""
-        self.kv_caches = [b.allocate(n) for b, n in zip(self.backends, num_blocks, strict=True)]
+        """Allocates the KV cache, so many blocks per group, and the padding's; freed with the runner."""
+        num_more = 1 if self.padded.buckets else 0
+        self.padding_blocks = tuple(n - 1 + num_more for n in num_blocks)
+        self.kv_caches = [b.allocate(n + num_more) for b, n in zip(self.backends, num_blocks, strict=True)]
 
     def allocate_host_cache(self, num_blocks: Seq[int]) -> None:
         """Allocates the host's blocks, so many per group; freed with the runner, or by `free_host_cache`."""
@@ -81,7 +89,9 @@ class ModelRunner:
     @torch.inference_mode()
     def prepare(self, batch: ScheduledBatch) -> PreparedStep:
         """Makes what a step needs on the device. May be called while the step before runs."""
-        inputs = build_input(batch, self._block_size, self._device)
+        most = max(c.num_tokens for c in batch.chunks)
+        padding = self.padded.padding(batch.num_tokens, most, self.padding_blocks)
+        inputs = build_input(batch, self.block_size, self.device, padding)
         parts = zip(self.backends, self.kv_caches, inputs.attention, strict=True)
         step = Step(groups=tuple(StepGroup(backend=b, kv_caches=c, plan=b.plan(m)) for b, c, m in parts))
         return PreparedStep(batch=batch, inputs=inputs, step=step)
@@ -94,7 +104,7 @@ class ModelRunner:
             assert self._sampled_R is not None
             inputs.token_ids_T[inputs.pending_rows_P] = self._sampled_R[inputs.pending_sources_P]
         self.copy_blocks(prepared.batch.block_copies)
-        return self.model(inputs.token_ids_T, inputs.positions_T, prepared.step)
+        return self.padded.hidden(inputs.token_ids_T, inputs.positions_T, prepared.step)
 
     @torch.inference_mode()
     def sample(
@@ -112,9 +122,9 @@ class ModelRunner:
         samplers = [c for c in batch.chunks if c.sample_seed is not None]
         sampled: list[SampledToken] = []
         if samplers:
-            logits_RV = self.model.logits(hidden_TE[prepared.inputs.sample_rows_R])
+            logits_RV = self.padded.logits(hidden_TE[prepared.inputs.sample_rows_R])
             allowed_RV = None if bitmask is None else self._masked(logits_RV, bitmask.wait())
-            sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV)
+            sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV, self._ops)
         return StepResult(sampled=sampled, prompt_logprobs=self._prompt_logprobs(batch, hidden_TE))
 
     def _prompt_logprobs(self, batch: ScheduledBatch, hidden_TE: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
@@ -128,17 +138,17 @@ class ModelRunner:
                 targets_N = torch.tensor(extras.prompt_targets, device=hidden_TE.device)
                 hidden_NE = hidden_TE[first_row + extras.prompt_row :][: len(targets_N)]
                 for i in range(0, len(targets_N), _MAX_ROWS):
-                    logprobs_RV = self.model.logits(hidden_NE[i : i + _MAX_ROWS]).log_softmax(-1)
+                    logprobs_RV = self.padded.logits(hidden_NE[i : i + _MAX_ROWS]).log_softmax(-1)
                     targets_R = targets_N[i : i + _MAX_ROWS]
                     rows += token_logprobs(logprobs_RV, targets_R, [wanted] * len(targets_R))
             first_row += chunk.num_tokens
         return found
 
     def _masked(self, logits_RV: torch.Tensor, bitmask: TokenBitmask) -> torch.Tensor:
-        words = torch.from_numpy(bitmask.words_RW).to(self._device)
+        words = torch.from_numpy(bitmask.words_RW).to(self.device)
         if len(bitmask.rows_R) == len(logits_RV):
-            return self._apply_token_bitmask(logits_RV, words)
-        rows = torch.from_numpy(bitmask.rows_R).to(self._device)
+            return self._ops.apply_token_bitmask(logits_RV, words)
+        rows = torch.from_numpy(bitmask.rows_R).to(self.device)
         masked_RV = logits_RV.clone()
-        masked_RV[rows] = self._apply_token_bitmask(logits_RV[rows], words)
+        masked_RV[rows] = self._ops.apply_token_bitmask(logits_RV[rows], words)
         return masked_RV

@@ -14,26 +14,37 @@ from fairlead.interface.attention import (
     HostCache,
     KVCache,
 )
-from fairlead.interface.memory import MemoryAllocator, MemoryInfo, MemoryProfile
+from fairlead.interface.collectives import Communicator
+from fairlead.interface.graph import GraphRunner
+from fairlead.interface.linear import UNQUANTIZED, LinearMethod, LinearShape
+from fairlead.interface.memory import TAGS, MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
 from fairlead.interface.scheduling import QueuedRequest, SchedulingPolicy
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
+from fairlead.interface.streams import Event, Stream
 
 hookimpl = pluggy.HookimplMarker("fairlead")
 
 __all__ = [
     "PLATFORM_API",
+    "TAGS",
+    "UNQUANTIZED",
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionShape",
     "AttentionSpec",
     "Capabilities",
+    "Communicator",
     "Defaults",
     "Device",
+    "Event",
+    "GraphRunner",
     "HostCache",
     "KVCache",
+    "LinearMethod",
+    "LinearShape",
     "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
@@ -44,5 +55,6 @@ __all__ = [
     "PlatformSpec",
     "QueuedRequest",
     "SchedulingPolicy",
+    "Stream",
     "hookimpl",
 ]
