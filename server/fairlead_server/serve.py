@@ -26,8 +26,8 @@ from fairlead_server.logs import set_up_logging
 from fairlead_server.service import Service
 
 GRACE_S = 5  # how long connections whose requests have ended may take to close
-LAST_WORDS_S = 0.2  # how long clients may take to hear that their requests were cut off
-ENGINE_STOP_S = 0.5  # how long an engine whose requests were cut off may take to end by itself
+LAST_WORDS_S = 0.1  # how long clients may take to hear that their requests were cut off
+ENGINE_STOP_S = 0.1  # how long an engine whose requests were cut off may take to end by itself
 DEATH_NOTICE_S = 3.0  # how long a server without an engine still says so, before it exits
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
