@@ -259,7 +259,7 @@ def test_what_only_informs_imports_nothing_heavy(arguments: str) -> None:
         ("--num-blocks 64", 0, "64 blocks = 1024 tokens = 1.0 concurrent requests × 1024 tokens"),
         ("", 0, "step       at least 0.01 GiB more, estimated from the model's shapes"),
         ("--num-blocks 10", 1, "set --max-model-len to at most 160"),
-        ("--attention-backend none", 2, "attention_backend none (it has sdpa, reference)"),
+        ("--attention-backend none", 2, "attention_backend none (it has "),
     ],
 )
 def test_a_dry_run_says_what_fits_and_serves_nothing(arguments: str, status: int, expected: str) -> None:

@@ -42,10 +42,11 @@ def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
             # What a step is the first to write of the cache would count as its own.
             written = sorted(set().union(*(_written(c, group, settings.block_size) for c in steps[-1].chunks)))
             backend.copy_blocks(kv_caches, list(zip([*written[1:], written[0]], written, strict=True)))
+        width = _forward(runner, steps[0]).shape[1]
         forward = [_peak(plan, partial(_forward, runner, step)) for step in steps]
     finally:
         runner.kv_caches = []
-    hidden_RE, samplers = _sampled_rows(plan)
+    hidden_RE, samplers = _sampled_rows(plan, width)
     logits = _peak(plan, lambda: sample(runner.padded.logits(hidden_RE), samplers))
     if None in forward or logits is None:
         return None
@@ -55,8 +56,8 @@ def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
     return max(large + math.ceil(per_token * (most - steps[1].num_tokens)), logits + hidden_bytes)
 
 
-def _forward(runner: ModelRunner, step: ScheduledBatch) -> None:
-    runner.forward(runner.prepare(step))
+def _forward(runner: ModelRunner, step: ScheduledBatch) -> torch.Tensor:
+    return runner.forward(runner.prepare(step))
 
 
 def _peak(plan: EnginePlan, work: Callable[[], object]) -> int | None:
@@ -68,12 +69,12 @@ def _peak(plan: EnginePlan, work: Callable[[], object]) -> int | None:
     return None if profile is None else profile.peak_bytes
 
 
-def _sampled_rows(plan: EnginePlan) -> tuple[torch.Tensor, SamplingBatch]:
+def _sampled_rows(plan: EnginePlan, width: int) -> tuple[torch.Tensor, SamplingBatch]:
     """Hidden states of as many rows as a step may sample, and how they are sampled."""
     settings = plan.settings
     num_rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    hidden_RE = torch.zeros((num_rows, plan.shape.hidden_size), dtype=dtype, device=plan.platform.torch_device)
+    hidden_RE = torch.zeros((num_rows, width), dtype=dtype, device=plan.platform.torch_device)
     chunk = ScheduledChunk(
         seq_id=0, token_ids=(0,), start=0, block_tables=(), params=_SAMPLING, sample_seed=0, position=1
     )

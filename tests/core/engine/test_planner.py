@@ -30,6 +30,7 @@ from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_cpu.platform import CpuPlatform
 
 DEVICE = Device(name="acme:0", description="a device that does not exist", memory_bytes=2**40)
+BACKENDS = ", ".join(CpuPlatform(DEVICE).attention_backends())
 WEIGHTS_BYTES = 4 * (2 * 128 * 64 + 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64))
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # keys and values, layers, kv-heads, head size, float32
 # 2048 tokens of twice the width, and of what gate and up projection take and give; 256 rows of logits, twice.
@@ -148,7 +149,7 @@ def test_all_reasons_come_at_once_and_nothing_is_allocated(model: Path, platform
         build(model, dtype="bfloat16", block_size=32, max_model_len=513, attention_backend="flash")
     assert str(error.value) == (
         "platform 'acme' cannot run this model so: dtype bfloat16 (it has float32); block_size 32 (it has 16, 128); "
-        "max_model_len 513 (the model was made for 512); attention_backend flash (it has sdpa, reference); "
+        f"max_model_len 513 (the model was made for 512); attention_backend flash (it has {BACKENDS}); "
         "max_num_batched_tokens 2048 (at most 1024); head size 16 (it has 64, 128)"
     )
     assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
@@ -168,7 +169,7 @@ def test_no_more_sequences_run_than_the_platform_can(model: Path, platform: Acme
         ({}, {"head_sizes": (8, 32)}, "head size 16 (it has 8, 32)"),
         ({"max_model_len": 1000}, {}, "max_model_len 1000 (the model was made for 512)"),
         ({"max_num_batched_tokens": 65}, {"max_batched_tokens": 64}, "max_num_batched_tokens 65 (at most 64)"),
-        ({"attention_backend": "flash"}, {}, "attention_backend flash (it has sdpa, reference)"),
+        ({"attention_backend": "flash"}, {}, f"attention_backend flash (it has {BACKENDS})"),
     ],
     ids=str,
 )
@@ -354,7 +355,7 @@ def test_swap_space_must_fit_beside_weights_and_cache(
         KVCacheMemoryError, match=r"needs 0\.75 GiB of host memory, but .* 0\.50 GiB are available; set --swap-space"
     ):
         planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
-    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=0)
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=WEIGHTS_BYTES)
     with pytest.raises(KVCacheMemoryError, match=r"0\.00 GiB are available"):
         planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
 
