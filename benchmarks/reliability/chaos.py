@@ -1,7 +1,7 @@
 """What the server promises under faults (reliability of the server, R1 to R12), measured on `fairlead serve demo`.
 
-`python benchmarks/reliability/chaos.py [R1 R4 ...] [--full]` runs the named ones, or all, and prints one line of JSON each with the
-figures and whether the promise was kept; it exits with 1 if one was not. --full takes the whole counts.
+`python benchmarks/reliability/chaos.py [R1 R4 ...] [--full]` runs the named ones, or all, and prints one line of JSON
+each with the figures and whether the promise was kept; it exits with 1 if one was not. --full takes the whole counts.
 """
 
 import argparse
