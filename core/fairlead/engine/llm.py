@@ -12,6 +12,7 @@ from fairlead.engine.front_end import FrontEnd
 from fairlead.engine.output_processor import OutputProcessor
 from fairlead.errors import ConfigError, RequestError
 from fairlead.request import EngineInfo, Request, RequestOutput, SamplingParams
+from fairlead.tokenization.chat_template import ChatOptions
 from fairlead.tokenization.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Mapping[str, Any]
@@ -124,7 +125,7 @@ class LLM:
         return params
 
     def _chat_prompt(self, messages: Any, add_generation_prompt: bool) -> Mapping[str, Any]:
-        chat = self.front_end.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        chat = self.front_end.encode_chat(messages, ChatOptions(add_generation_prompt=add_generation_prompt))
         return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
 
     def _request(self, prompt: Any, params: SamplingParams) -> tuple[Request, str | None]:

@@ -122,7 +122,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
             for n, window, num_host in zip(num_blocks, windows, num_host_blocks, strict=True)
         ),
         info=EngineInfo(
-            model=config.model.served_model_name or config.model.model,
+            model=config.model.model,
             platform=platform.name,
             device=f"{device.name} ({device.description})",
             attention_backend=", ".join(dict.fromkeys(backend.name for backend in backends)),
