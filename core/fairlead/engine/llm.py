@@ -63,16 +63,22 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Iterable[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes one prompt or a list of them, batched; outputs come in the order of the prompts.
 
-        One SamplingParams serves all prompts, a list gives each its own. Raises RequestError before anything runs if
-        one of them is invalid.
+        One SamplingParams serves all prompts, a list gives each its own. `priority` has a number for each prompt, lower
+        first, under `scheduling_policy="priority"`. Raises RequestError before anything runs if one of them is invalid.
         """
         batch = _as_list(prompts)
+        priorities = [0] * len(batch) if priority is None else list(priority)
+        if len(priorities) != len(batch):
+            raise RequestError(f"there are {len(batch)} prompts, but {len(priorities)} priorities", param="priority")
         requests = [
-            self._request(prompt, params)
-            for prompt, params in zip(batch, self._params(sampling_params, len(batch)), strict=True)
+            self._request(prompt, params, priority)
+            for prompt, params, priority in zip(
+                batch, self._params(sampling_params, len(batch)), priorities, strict=True
+            )
         ]
         return self._run(requests, use_tqdm=use_tqdm)
 
@@ -128,7 +134,7 @@ class LLM:
         chat = self.front_end.encode_chat(messages, ChatOptions(add_generation_prompt=add_generation_prompt))
         return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
 
-    def _request(self, prompt: Any, params: SamplingParams) -> tuple[Request, str | None]:
+    def _request(self, prompt: Any, params: SamplingParams, priority: int = 0) -> tuple[Request, str | None]:
         text: str | None = None
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
@@ -142,7 +148,7 @@ class LLM:
             token_ids = self.front_end.encode(text)
         if not isinstance(token_ids, (list, tuple)) or not all(type(i) is int for i in token_ids):
             raise RequestError(f"token ids must be a list of integers, got {token_ids!r:.100}", param="prompt")
-        request = self.front_end.request(str(next(self._ids)), token_ids, params, self.info)
+        request = self.front_end.request(str(next(self._ids)), token_ids, params, self.info, priority=priority)
         if params.structured_outputs is not None:
             self.engine.check_structured(params.structured_outputs)
         return request, text
