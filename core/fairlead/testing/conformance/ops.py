@@ -107,9 +107,10 @@ class _Provider:
         capabilities = self.s.platform.capabilities
         if not capabilities.batch_invariant or capabilities.static_shapes:
             return False
-        if self.op == "linear" and UNQUANTIZED in self.s.platform.linear_methods():
-            return False
         own = self.s.platform.ops().get(self.op, ())
+        has_methods = UNQUANTIZED in self.s.platform.linear_methods()
+        if has_methods and (self.op == "linear" or (self.op == "moe" and not own)):
+            return False  # the platform's linear methods run in its place
         usable = [p for p in own if p.priority > 0 and p.refuses(self.dtype_name) is None]
         chosen = max(usable, key=lambda p: p.priority).name if usable else REFERENCE
         return self.name == chosen
