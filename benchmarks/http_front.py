@@ -18,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import uvicorn
 
@@ -34,8 +35,9 @@ PROMPT = [300, 301, 302, 303]
 
 
 async def _serve(port: int, step_ms: float) -> None:
-    connection.COMMAND = (sys.executable, "-P", str(FAKE_ENGINE), str(step_ms))
-    engine = await AsyncEngine.start(EngineConfig.of(model="demo", max_num_seqs=1024))
+    command = (sys.executable, "-P", str(FAKE_ENGINE), str(step_ms))
+    with mock.patch.object(connection, "COMMAND", command):  # as the tests do, and for the start alone
+        engine = await AsyncEngine.start(EngineConfig.of(model="demo", max_num_seqs=1024))
     config = ServerConfig(port=port, log_level="warning", max_queued_requests=4096)
     http = uvicorn.Server(uvicorn_config(create_app(engine, config), config))
     await http.serve(sockets=[bind("127.0.0.1", port)])

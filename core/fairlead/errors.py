@@ -93,3 +93,9 @@ class DeadlineError(FairleadError):
 
 class EngineDeadError(FairleadError):
     """The engine has ended; requests in flight failed with it and no new one is accepted."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as "Type: text", on one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:500]

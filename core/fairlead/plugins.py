@@ -18,7 +18,14 @@ import fairlead
 from fairlead import hookspecs
 from fairlead.config import PlatformConfig
 from fairlead.contract import check_platform
-from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError, RequestError
+from fairlead.errors import (
+    FairleadError,
+    PlatformUnavailableError,
+    PluginContractError,
+    PluginError,
+    RequestError,
+    one_line,
+)
 from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, PlatformSpec, SchedulingPolicy
 
 if TYPE_CHECKING:
@@ -46,6 +53,7 @@ class PlatformRecord:
     priority: int | None = None
     devices: tuple[Device, ...] = ()
     spec: PlatformSpec | None = None
+    diagnose: Callable[[], tuple[str, ...]] | None = None
 
 
 def allowlist() -> frozenset[str] | None:
@@ -85,7 +93,7 @@ def _load(entry_point: importlib.metadata.EntryPoint) -> list[PlatformRecord]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin may raise anything, SystemExit included; it is reported, not hidden
-        reason = _one_line(error)
+        reason = one_line(error)
         return [
             PlatformRecord(
                 name=entry_point.name,
@@ -109,8 +117,8 @@ def _register(entry_point: importlib.metadata.EntryPoint) -> Iterable[PlatformSp
             raise PluginContractError(
                 plugin=entry_point.name,
                 hook="fairlead_platforms",
-                expected="PlatformSpec (name: text, priority: integer, probe and create: callable, environment: "
-                "texts by name)",
+                expected="PlatformSpec (name: text, priority: integer, probe, create and diagnose: callable, "
+                "environment: texts by name)",
                 got=repr(spec)[:200],
             )
     return list(results[0])
@@ -161,7 +169,7 @@ def _models_of(entry_point: importlib.metadata.EntryPoint, owner: str) -> dict[s
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # as in _load: a plugin may raise anything
-        print(f"warning: the models of {owner} cannot be used: {_one_line(error)}", file=sys.stderr)
+        print(f"warning: the models of {owner} cannot be used: {one_line(error)}", file=sys.stderr)
         return {}
 
 
@@ -173,6 +181,7 @@ def _is_well_formed(spec: object) -> bool:
         and isinstance(spec.priority, int)
         and callable(spec.probe)
         and callable(spec.create)
+        and callable(spec.diagnose)
         and isinstance(spec.environment, Mapping)
         and all(isinstance(text, str) for item in spec.environment.items() for text in item)
     )
@@ -187,6 +196,7 @@ def _probe(spec: PlatformSpec, origin: dict[str, str]) -> PlatformRecord:
             priority=spec.priority,
             devices=devices,
             spec=spec if status == "available" else None,
+            diagnose=spec.diagnose,
             distribution=origin["distribution"],
             version=origin["version"],
         )
@@ -202,7 +212,7 @@ def _probe(spec: PlatformSpec, origin: dict[str, str]) -> PlatformRecord:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return record("broken", f"probe() raised {_one_line(error)}")
+        return record("broken", f"probe() raised {one_line(error)}")
     if isinstance(found, str) and found:
         return record("unavailable", found)
     if isinstance(found, tuple) and found and all(isinstance(d, Device) for d in found):
@@ -296,7 +306,7 @@ def create_scheduling_policy(name: str) -> SchedulingPolicy:
     try:
         policy: SchedulingPolicy = make()
     except Exception as error:
-        raise PluginError(f"the scheduling policy {name!r} cannot be made: {_one_line(error)}") from error
+        raise PluginError(f"the scheduling policy {name!r} cannot be made: {one_line(error)}") from error
     if not callable(getattr(policy, "key", None)):
         raise PluginContractError(
             plugin=name, hook="key", expected="a SchedulingPolicy", got=f"{type(policy).__name__} without it"
@@ -318,7 +328,7 @@ def _load_callable(group: str, what: str, name: str) -> Callable[..., Any]:
     try:
         loaded: Callable[..., Any] = known[name].load()
     except Exception as error:
-        raise PluginError(f"the {what} {name!r} cannot be loaded: {_one_line(error)}") from error
+        raise PluginError(f"the {what} {name!r} cannot be loaded: {one_line(error)}") from error
     if not callable(loaded):
         raise PluginError(f"the {what} {name!r} is no callable but a {type(loaded).__name__}")
     return loaded
@@ -360,7 +370,7 @@ def create(record: PlatformRecord, device: Device) -> Platform:
         raise
     except Exception as error:
         raise PluginError(
-            f"platform {record.name!r} ({_owner(record)}) failed to create device {device.name!r}: {_one_line(error)}"
+            f"platform {record.name!r} ({_owner(record)}) failed to create device {device.name!r}: {one_line(error)}"
         ) from error
     check_platform(platform, record.name, device)
     return platform
@@ -371,8 +381,3 @@ def providers(name: str) -> "list[ProviderEntry]":
     from fairlead.ops.listing import list_providers  # torch enters here
 
     return list_providers(create(*choose(PlatformConfig(platform=name))))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:500]

@@ -12,7 +12,7 @@ from fairlead import __version__
 from fairlead.config import engine_settings
 from fairlead.errors import ConfigError, FairleadError
 from fairlead.plugins import PlatformRecord, discover, providers
-from fairlead_server import commands
+from fairlead_server import commands, platform_commands
 from fairlead_server.cli_options import gather, server_settings, spread_lists, with_options
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -120,6 +120,11 @@ app.command()(commands.complete)
 app.command()(commands.pull)
 app.command("list")(commands.list_models)
 app.command("rm")(commands.remove)
+app.command()(platform_commands.doctor)
+app.command("collect-env", help="The same as `doctor`.")(platform_commands.doctor)
+app.command()(platform_commands.conform)
+app.command()(platform_commands.new_platform)
+commands.bench.command()(platform_commands.throughput)
 app.add_typer(commands.bench, name="bench")
 
 

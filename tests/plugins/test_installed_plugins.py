@@ -56,6 +56,33 @@ def test_every_plugin_is_listed_with_its_cause(listed: dict[str, dict[str, Any]]
         assert "\n" not in record["reason"]
 
 
+def test_ten_plugins_of_which_some_are_broken_in_different_ways(listed: dict[str, dict[str, Any]]) -> None:
+    assert len({record["distribution"] for record in listed.values()}) >= 10
+    broken = [record for record in listed.values() if record["status"] == "broken"]
+    kinds = {record["reason"].split(":")[0].split(" ")[0] for record in broken}
+    assert len(kinds) >= 3, kinds
+
+
+def test_the_table_says_why_each_was_refused(run: Run) -> None:
+    done = run("-m", "fairlead_server.cli", "platforms")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    for name, distribution, version, status, reason in EXPECTED:
+        for part in (f"{distribution} {version}", status, reason):
+            assert part in lines[name]
+
+
+def test_the_doctor_names_the_same_causes(run: Run) -> None:
+    done = run("-m", "fairlead_server.cli", "doctor", "--json")
+    assert done.returncode == 1, done.stderr
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    for name, distribution, version, status, reason in EXPECTED:
+        finding = found[f"platform {name}"]
+        assert finding["status"] == ("problem" if status == "broken" else "ok")
+        assert f"{distribution} {version}: " in finding["found"]
+        assert reason in finding["found"]
+
+
 def test_the_others_keep_working(listed: dict[str, dict[str, Any]]) -> None:
     for name, distribution in [*WORKING, ("cpu", "fairlead-cpu")]:
         assert (listed[name]["status"], listed[name]["distribution"]) == ("available", distribution)

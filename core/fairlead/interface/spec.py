@@ -34,6 +34,8 @@ class PlatformSpec:
     `environment` are variables that an engine's process starts with, where the user has not set them: for libraries
     that read theirs when they are loaded, before `create` could say anything. (An LLM in the user's own process is
     left as it is.)
+    `diagnose()` returns a sentence for each thing that is wrong with the driver, or with the torch that is installed
+    for it; `fairlead doctor` alone calls it, whether `probe` found devices or not. It may take its time.
     """
 
     name: str
@@ -42,6 +44,7 @@ class PlatformSpec:
     probe: Callable[[], tuple[Device, ...] | str]
     create: Callable[[Device], "Platform"]
     environment: Mapping[str, str] = field(default_factory=dict)
+    diagnose: Callable[[], tuple[str, ...]] = tuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +59,8 @@ class Capabilities:
     `max_batched_tokens` and `max_num_seqs` bound one step; None is no bound, and a lower bound of sequences than was
     asked for is taken. `max_world_size` is how many devices can
     run one model; above 1 it has collectives. `batch_invariant`: a sequence's results do not depend on what shares
-    its batch, bit by bit.
+    its batch, bit by bit. `computes` is False for a simulated device, whose results have the right
+    shape and dtype but no meaning (`fairlead.testing.null`).
     """
 
     dtypes: tuple[str, ...]
@@ -71,6 +75,7 @@ class Capabilities:
     max_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     max_world_size: int = 1
+    computes: bool = True
 
     def __post_init__(self) -> None:
         for name in ("dtypes", "block_sizes", "kv_layouts", "kv_dtypes"):

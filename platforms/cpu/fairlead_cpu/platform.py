@@ -40,6 +40,7 @@ class CpuPlatform(BasicPlatform):
             dtypes=("bfloat16", "float32"),
             block_sizes=(16, 8, 32, 64, 128, 1, 2, 4),
             kv_layouts=("slots",) if self._kernels is None else ("segments", "slots"),
+            quantization=() if self._kernels is None else ("int8", "int4"),
             batch_invariant=self._kernels is not None,
         )
         self.defaults = Defaults(
