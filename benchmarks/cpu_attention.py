@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from fairlead.interface import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec
+from fairlead.ops.attention import SlotCache
 from fairlead_cpu import native
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
@@ -85,11 +86,12 @@ def measure(workload: Workload, model: str, dtype: str, repetitions: int, kernel
     caches = [backend.allocate(num_blocks) for backend in backends]
     for layers in caches:
         for cache in layers:
-            for tensor in [cache.blocks] if isinstance(cache, BlockCache) else [cache.k, cache.v]:
+            assert isinstance(cache, BlockCache | SlotCache)
+            for tensor in (cache.blocks,) if isinstance(cache, BlockCache) else (cache.k, cache.v):
                 tensor.zero_()
     seconds: list[list[float]] = [[], []]
     bandwidths = []
-    probe = torch.zeros(2**28, dtype=torch.uint8)
+    probe = torch.ones(2**28, dtype=torch.uint8)
     for repetition in range(repetitions + 1):
         for backend, layers, found in zip(backends, caches, seconds, strict=True):
             start = time.perf_counter()

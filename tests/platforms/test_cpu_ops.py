@@ -47,7 +47,10 @@ def make_args(op: str, num_rows: int, size: int, dtype: torch.dtype, *, sliced: 
     if op in ("silu_and_mul", "gelu_and_mul"):
         return [rows(2 * size)]
     if op == "embedding":
-        return [torch.randint(0, 50, (num_rows,), generator=generator), torch.randn(50, size, generator=generator).to(dtype)]
+        return [
+            torch.randint(0, 50, (num_rows,), generator=generator),
+            torch.randn(50, size, generator=generator).to(dtype),
+        ]
     if op == "rotary_embedding":
         return rotary_args(rows, num_rows, 2 * (size % 40 + 1), interleaved=sliced)
     raise AssertionError(f"no test arguments for {op}; add them with its first provider")
@@ -113,7 +116,9 @@ def test_rows_do_not_depend_on_each_other(op: str, name: str, fn: Callable[..., 
 
 
 @pytest.mark.parametrize(
-    ("op", "name", "fn"), [c for c in CASES if c[1] != "torch"], ids=[f"{c[0]}-{c[1]}" for c in CASES if c[1] != "torch"]
+    ("op", "name", "fn"),
+    [c for c in CASES if c[1] != "torch"],
+    ids=[f"{c[0]}-{c[1]}" for c in CASES if c[1] != "torch"],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_has_the_same_bits_in_any_batch(op: str, name: str, fn: Callable[..., object], dtype: str) -> None:

@@ -1,6 +1,7 @@
 """What the native attention promises beyond its values: the same bits in any batch and any chunk, its own layout."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,9 +82,7 @@ class Prompt:
         return [self.table[p // size] * size + p % size for p in range(begin, end)]
 
 
-def step(
-    backend: NativeAttention, cache: BlockCache, parts: list[tuple[Prompt, int, int]]
-) -> list[torch.Tensor]:
+def step(backend: NativeAttention, cache: BlockCache, parts: list[tuple[Prompt, int, int]]) -> list[torch.Tensor]:
     """One step over tokens [begin, end) of some sequences; the outputs of each."""
     tables = np.zeros((len(parts), max(len(prompt.table) for prompt, _, _ in parts)), np.int32)
     for row, (prompt, _, _) in zip(tables, parts, strict=True):
@@ -124,7 +123,7 @@ def test_chunks_and_the_batch_do_not_show_in_the_bits(kernels: native.Kernels, k
     cache = new_cache(backend, 3 * num_blocks + 1)
     borders = [0, 1, 2, 17, 64, 65, 300, 301, 511, 512, 513, 600, 1024, 1027, 1100, 1199, 1200]
     done = other = 0
-    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+    for begin, end in itertools.pairwise(borders):
         parts = [(prompt, begin, end)]
         if begin % 2:  # as the second of three, both neighbours further than it or not
             beside = int(rng.integers(1, 90))
@@ -168,9 +167,7 @@ def test_an_empty_step(kernels: native.Kernels) -> None:
     cache = new_cache(backend, 2)
     none = np.zeros(0, np.int32)
     plan = backend.plan(
-        AttentionMetadata(
-            query_lens_S=none, seq_lens_S=none, block_tables_SB=none.reshape(0, 0), slot_mapping_T=none
-        )
+        AttentionMetadata(query_lens_S=none, seq_lens_S=none, block_tables_SB=none.reshape(0, 0), slot_mapping_T=none)
     )
     assert backend.forward(torch.empty(0, 4, 16), torch.empty(0, 2, 16), torch.empty(0, 2, 16), cache, plan).shape == (
         0,

@@ -98,7 +98,7 @@ inline void tile_product(int row_tiles, int column_tiles, const uint32_t* a, int
 // Few rows do not fill a tile, and waiting for a tile's memory stops all else. So they go by vectors, in the order of the
 // instruction: per depth a sum of even and one of odd entries, fused multiply-adds from 0, then c + (even + odd).
 // Source: Intel, "Architecture Instruction Set Extensions Programming Reference", TDPBF16PS. It takes subnormals for 0.
-constexpr int kVectorRows = 8;
+constexpr int kVectorRows = 4;
 
 class FlushSubnormals {
  public:

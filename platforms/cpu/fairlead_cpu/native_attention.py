@@ -124,9 +124,7 @@ class NativeAttention:
         address = words.ctypes.data
         num_scratch_bytes: int = self._call.fl_attention_scratch_bytes(self._shape_address, address)
         scratch = np.empty(num_scratch_bytes, np.uint8)
-        return _Plan(
-            metadata=kept, words=words, scratch=scratch, address=address, scratch_address=scratch.ctypes.data
-        )
+        return _Plan(metadata=kept, words=words, scratch=scratch, address=address, scratch_address=scratch.ctypes.data)
 
     def forward(
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_cache: KVCache, plan: object
@@ -178,9 +176,7 @@ class NativeAttention:
         _copy(host_caches, kv_caches, pairs)
 
 
-def _copy(
-    sources: Sequence[KVCache], destinations: Sequence[KVCache], pairs: Sequence[tuple[int, int]]
-) -> None:
+def _copy(sources: Sequence[KVCache], destinations: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
     for read, write in zip(sources, destinations, strict=True):
         assert isinstance(read, BlockCache)
         assert isinstance(write, BlockCache)

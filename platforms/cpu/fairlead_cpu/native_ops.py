@@ -3,6 +3,8 @@
 Shapes as in `fairlead.ops.reference`.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from fairlead.interface import OpProvider
@@ -27,9 +29,7 @@ class NativeOps:
         out_TE = torch.empty((len(token_ids_T), weight_VE.shape[1]), dtype=weight_VE.dtype)
         row_bytes = weight_VE.shape[1] * weight_VE.element_size()
         token_ids_T = token_ids_T.contiguous()
-        self._embedding(
-            token_ids_T.data_ptr(), len(token_ids_T), weight_VE.data_ptr(), row_bytes, out_TE.data_ptr()
-        )
+        self._embedding(token_ids_T.data_ptr(), len(token_ids_T), weight_VE.data_ptr(), row_bytes, out_TE.data_ptr())
         return out_TE
 
     def rms_norm(self, x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
@@ -152,9 +152,7 @@ class NativeOps:
         x_N2F = _rows(x_N2F)
         num_rows, size = x_N2F.shape[0], x_N2F.shape[1] // 2
         out_NF = torch.empty((num_rows, size), dtype=x_N2F.dtype)
-        self._gate(
-            _DTYPES[x_N2F.dtype], gelu, x_N2F.data_ptr(), x_N2F.stride(0), out_NF.data_ptr(), num_rows, size
-        )
+        self._gate(_DTYPES[x_N2F.dtype], gelu, x_N2F.data_ptr(), x_N2F.stride(0), out_NF.data_ptr(), num_rows, size)
         return out_NF
 
 
@@ -170,7 +168,7 @@ def _refuses(dtype: str) -> str | None:
 def native_providers(kernels: Kernels) -> dict[str, OpProvider]:
     """A provider for each op that has a kernel."""
     ops = NativeOps(kernels)
-    functions = {
+    functions: dict[str, Callable[..., object]] = {
         "embedding": ops.embedding,
         "rms_norm": ops.rms_norm,
         "fused_add_rms_norm": ops.fused_add_rms_norm,
@@ -180,6 +178,4 @@ def native_providers(kernels: Kernels) -> dict[str, OpProvider]:
         "silu_and_mul": ops.silu_and_mul,
         "gelu_and_mul": ops.gelu_and_mul,
     }
-    return {
-        name: OpProvider(name="native", fn=fn, priority=20, refuses=_refuses) for name, fn in functions.items()
-    }
+    return {name: OpProvider(name="native", fn=fn, priority=20, refuses=_refuses) for name, fn in functions.items()}
