@@ -1,14 +1,28 @@
-"""Measures what the largest step of a loaded model needs beside its weights and its KV cache."""
+"""Measures what the largest step of a loaded model needs beside its weights and its KV cache.
 
+A step of `max_num_batched_tokens` would take minutes for a large model on a small device. What a forward pass needs
+grows linearly with its tokens: two small steps tell how, with the longest context in both. What the logits need is
+measured with as many rows as may be sampled at once, and no forward pass.
+
+Shapes: T tokens of the largest step, R rows that it samples, E model width.
+"""
+
+import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
+
+import torch
 
 from fairlead.engine.model_runner import ModelRunner
 from fairlead.engine.planner import EnginePlan
 from fairlead.request import SamplingParams
+from fairlead.sampling.sampler import SamplingBatch, sample
 from fairlead.scheduling.batch import ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import blocks_per_sequence
 
 _SAMPLING = SamplingParams(temperature=1.0, top_p=0.9, top_k=50)  # of the common ones, what takes most memory
+_SIZES = (32, 96)  # tokens of the two steps
 
 
 def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
@@ -20,49 +34,79 @@ def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
         )
         for group in plan.cache_groups
     ]
-    batch = largest_step(plan, num_blocks)
+    most = settings.max_num_batched_tokens
+    steps = [step_of(plan, num_blocks, min(size, most)) for size in _SIZES]
     runner.allocate_cache(num_blocks)
     try:
         for group, (backend, kv_caches) in enumerate(zip(runner.backends, runner.kv_caches, strict=True)):
-            # What the step is the first to write of the cache would count as its own.
-            written = sorted(set().union(*(_written(c, group, settings.block_size) for c in batch.chunks)))
+            # What a step is the first to write of the cache would count as its own.
+            written = sorted(set().union(*(_written(c, group, settings.block_size) for c in steps[-1].chunks)))
             backend.copy_blocks(kv_caches, list(zip([*written[1:], written[0]], written, strict=True)))
-        profile = plan.platform.memory_profile(lambda: _run(runner, batch))
+        width = _forward(runner, steps[0]).shape[1]
+        forward = [_peak(plan, partial(_forward, runner, step)) for step in steps]
     finally:
         runner.kv_caches = []
+    hidden_RE, samplers = _sampled_rows(plan, width)
+    logits = _peak(plan, lambda: sample(runner.padded.logits(hidden_RE), samplers))
+    if None in forward or logits is None:
+        return None
+    small, large = (peak for peak in forward if peak is not None)
+    per_token = max(large - small, 0) / max(steps[1].num_tokens - steps[0].num_tokens, 1)
+    hidden_bytes = most * hidden_RE.shape[1] * hidden_RE.itemsize
+    return max(large + math.ceil(per_token * (most - steps[1].num_tokens)), logits + hidden_bytes)
+
+
+def _forward(runner: ModelRunner, step: ScheduledBatch) -> torch.Tensor:
+    return runner.forward(runner.prepare(step))
+
+
+def _peak(plan: EnginePlan, work: Callable[[], object]) -> int | None:
+    @torch.inference_mode()
+    def run() -> None:
+        work()
+
+    profile = plan.platform.memory_profile(run)
     return None if profile is None else profile.peak_bytes
 
 
-def _run(runner: ModelRunner, batch: ScheduledBatch) -> None:
-    prepared = runner.prepare(batch)
-    runner.sample(prepared, runner.forward(prepared), contexts={}, bitmask=None)
-
-
-def largest_step(plan: EnginePlan, num_blocks: Seq[int]) -> ScheduledBatch:
-    """As many sequences as may run, each of which samples: one decodes at the end of the longest context, the others
-    are prompts that fill the step. They share their blocks; nobody reads what comes out."""
+def _sampled_rows(plan: EnginePlan, width: int) -> tuple[torch.Tensor, SamplingBatch]:
+    """Hidden states of as many rows as a step may sample, and how they are sampled."""
     settings = plan.settings
-    longest, num_tokens = settings.max_model_len, settings.max_num_batched_tokens
-    num_seqs = min(settings.max_num_seqs, num_tokens)
-    spare, chunks = num_tokens - num_seqs, []
-    for i in range(num_seqs):
-        more = min(spare, longest - 1) if i else 0
-        spare -= more
-        start, length = 0 if i else longest - 1, 1 + more
+    num_rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    hidden_RE = torch.zeros((num_rows, width), dtype=dtype, device=plan.platform.torch_device)
+    chunk = ScheduledChunk(
+        seq_id=0, token_ids=(0,), start=0, block_tables=(), params=_SAMPLING, sample_seed=0, position=1
+    )
+    return hidden_RE, SamplingBatch.of([chunk] * num_rows)
+
+
+def step_of(plan: EnginePlan, num_blocks: Seq[int], num_tokens: int) -> ScheduledBatch:
+    """A step of so many tokens that samples nothing: one is the last of the longest context, the others are prompts.
+
+    The sequences share their blocks; nobody reads what comes out.
+    """
+    settings = plan.settings
+    chunks: list[ScheduledChunk] = []
+    longest, spare = settings.max_model_len, num_tokens
+    while spare:
+        start, length = (0, min(spare, longest - 1)) if chunks else (longest - 1, 1)
+        spare -= length
         tables = tuple(
             _table(group.sliding_window, start, length, settings.block_size, n)
             for group, n in zip(plan.cache_groups, num_blocks, strict=True)
         )
-        chunk = ScheduledChunk(
-            seq_id=i,
-            token_ids=(0,) * length,
-            start=start,
-            block_tables=tables,
-            params=_SAMPLING,
-            sample_seed=i,
-            position=start + length,
+        chunks.append(
+            ScheduledChunk(
+                seq_id=len(chunks),
+                token_ids=(0,) * length,
+                start=start,
+                block_tables=tables,
+                params=_SAMPLING,
+                sample_seed=None,
+                position=start + length,
+            )
         )
-        chunks.append(chunk)
     return ScheduledBatch(chunks=tuple(chunks), block_copies=())
 
 

@@ -93,10 +93,9 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     if config.model.quantization is not None and config.model.quantization not in chosen:
         reasons.append(f"quantization {config.model.quantization} (no layer of {checkpoint.architecture} can take it)")
     backends: tuple[AttentionBackend, ...] = ()
-    if settings.attention_backend in platform.attention_backends():
-        backends, refused = make_backends(
-            platform, settings.attention_backend, groups, block_size=settings.block_size, dtype=settings.dtype
-        )
+    if settings.attention_backend in (names := platform.attention_backends()):
+        tried = names if config.platform.attention_backend is None else (settings.attention_backend,)
+        backends, refused = make_backends(platform, tried, groups, block_size=settings.block_size, dtype=settings.dtype)
         reasons += refused
     if reasons:
         raise refusal(platform, reasons)
@@ -125,7 +124,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
             model=config.model.served_model_name or config.model.model,
             platform=platform.name,
             device=f"{device.name} ({device.description})",
-            attention_backend=settings.attention_backend,
+            attention_backend=", ".join(dict.fromkeys(backend.name for backend in backends)),
             dtype=settings.dtype,
             vocab_size=shape.vocab_size,
             max_model_len=settings.max_model_len,

@@ -39,7 +39,9 @@ class MemoryAllocator(Protocol):
 
     That is how an engine sleeps. While a pool is away its tensors still exist, but nothing may read or write them;
     `restore` gives the same tensors (and all views of them) memory again. Their addresses may have changed, so nobody
-    keeps an address from before. Calls for a tag without tensors do nothing. Not thread-safe.
+    keeps an address from before. Nor is a tensor of a pool handed to NumPy or to another process, which pins its
+    memory: `offload` and `discard` raise RuntimeError then, with nothing changed. Calls for a tag without tensors do
+    nothing. Not thread-safe.
     """
 
     def empty(self, shape: tuple[int, ...], dtype: "torch.dtype", *, tag: str) -> "torch.Tensor":

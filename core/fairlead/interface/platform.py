@@ -34,7 +34,11 @@ class Platform(Protocol):
         ...
 
     def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
-        """Makes the named backend for a model of this shape; allocates nothing yet."""
+        """Makes the named backend for a group of layers of this shape; allocates nothing yet.
+
+        Raises ConfigError, saying why, where the backend cannot serve them: the next one is asked then, unless the user
+        named this one.
+        """
         ...
 
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:

@@ -115,4 +115,7 @@ def choose_providers(
         if name != REFERENCE
     }
     ops = replace(ops, **own)
-    return ops, LinearTable(platform.name, methods, ops.linear, linear_name=names["linear"], wanted=linear), names
+    table = LinearTable(
+        platform.name, methods, ops.linear, linear_name=names["linear"], wanted=linear, allocator=platform.allocator
+    )
+    return ops, table, names

@@ -4,6 +4,7 @@ Shapes as in `fairlead.ops.reference`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -168,7 +169,7 @@ def _refuses(dtype: str) -> str | None:
 def native_providers(kernels: Kernels) -> dict[str, OpProvider]:
     """A provider for each op that has a kernel."""
     ops = NativeOps(kernels)
-    functions: dict[str, Callable[..., object]] = {
+    functions: dict[str, Callable[..., Any]] = {
         "embedding": ops.embedding,
         "rms_norm": ops.rms_norm,
         "fused_add_rms_norm": ops.fused_add_rms_norm,

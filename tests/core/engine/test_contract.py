@@ -30,6 +30,7 @@ from fairlead.ops.linear import PlainLinear
 from fairlead.ops.memory import PooledAllocator
 from fairlead.ops.platform import BasicPlatform
 from fairlead.plugins import PlatformRecord
+from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
 
 DEVICE = Device(name="acme:0", description="test", memory_bytes=2**30)
@@ -256,6 +257,28 @@ def test_every_reason_comes_in_one_error(tmp_path: Path, platform: Acme) -> None
     with pytest.raises(ConfigError, match=r"block_size 16 \(it has 32\); .*op 'rms_norm' has no provider 'fast'"):
         build(tmp_path, block_size=16, op_providers=["rms_norm=fast"])
     assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
+
+
+def test_each_kind_of_layers_gets_the_first_backend_that_serves_it(tmp_path: Path, platform: Acme) -> None:
+    class Plain(ReferenceAttention):
+        name = "plain"
+
+    def attention(name: str, shape: AttentionShape) -> AttentionBackend:
+        if name == "plain" and shape.spec.sliding_window is not None:
+            raise ConfigError("plain knows no windows")
+        return (Plain if name == "plain" else ReferenceAttention)(shape, platform.allocator, platform.torch_device)
+
+    platform.attention_backends = lambda: ("plain", "reference")  # type: ignore[method-assign]
+    platform.attention = attention  # type: ignore[method-assign]
+    model = str(write_tiny_checkpoint(tmp_path, "gemma2"))
+    plan = planner.plan_engine(EngineConfig.of(model=model))
+    windows = {
+        group.sliding_window: backend.name for group, backend in zip(plan.cache_groups, plan.backends, strict=True)
+    }
+    assert windows == {None: "plain", 24: "reference"}
+    assert plan.info.attention_backend == ", ".join(backend.name for backend in plan.backends)
+    with pytest.raises(ConfigError, match="plain knows no windows"):
+        planner.plan_engine(EngineConfig.of(model=model, attention_backend="plain"))
 
 
 def test_impossible_capabilities_cannot_be_said() -> None:

@@ -18,19 +18,18 @@ from fairlead.testing.tiny_model import write_tiny_llama
 
 @given(
     longest=st.integers(2, 3000),
-    num_tokens=st.integers(1, 3000),
-    max_num_seqs=st.integers(1, 300),
+    num_tokens=st.integers(1, 300),
     block_size=st.sampled_from([1, 8, 16, 128]),
     windows=st.lists(st.none() | st.integers(1, 3000), min_size=1, max_size=2),
 )
-def test_the_largest_step_fills_every_limit(
-    longest: int, num_tokens: int, max_num_seqs: int, block_size: int, windows: list[int | None]
+def test_a_step_has_the_longest_context_and_so_many_tokens(
+    longest: int, num_tokens: int, block_size: int, windows: list[int | None]
 ) -> None:
     settings = Negotiated(
         dtype="float32",
         block_size=block_size,
         max_model_len=longest,
-        max_num_seqs=max_num_seqs,
+        max_num_seqs=300,
         max_num_batched_tokens=num_tokens,
         attention_backend="sdpa",
         device_memory_utilization=0.5,
@@ -39,13 +38,10 @@ def test_the_largest_step_fills_every_limit(
     num_blocks = [blocks_per_sequence(window, longest, block_size, num_tokens) for window in windows]
     groups = tuple(CacheGroup(num_blocks=1, sliding_window=window) for window in windows)
     plan: Any = SimpleNamespace(settings=settings, cache_groups=groups)
-    chunks = memory_profile.largest_step(plan, num_blocks).chunks
-    num_seqs = min(max_num_seqs, num_tokens)
-    assert len(chunks) == num_seqs
-    assert all(chunk.sample_seed is not None for chunk in chunks)
+    chunks = memory_profile.step_of(plan, num_blocks, num_tokens).chunks
     lengths = [len(chunk.token_ids) for chunk in chunks]
-    assert sum(lengths) == min(num_tokens, 1 + (num_seqs - 1) * longest)
-    assert chunks[0].start + lengths[0] == longest
+    assert sum(lengths) == num_tokens
+    assert (chunks[0].start + lengths[0], lengths[0]) == (longest, 1)
     for chunk, length in zip(chunks, lengths, strict=True):
         assert chunk.start + length <= longest
         for (first, blocks), window, most in zip(chunk.block_tables, windows, num_blocks, strict=True):

@@ -355,7 +355,7 @@ def test_swap_space_must_fit_beside_weights_and_cache(
         KVCacheMemoryError, match=r"needs 0\.75 GiB of host memory, but .* 0\.50 GiB are available; set --swap-space"
     ):
         planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
-    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=0)
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=WEIGHTS_BYTES)
     with pytest.raises(KVCacheMemoryError, match=r"0\.00 GiB are available"):
         planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
 

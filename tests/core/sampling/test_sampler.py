@@ -126,7 +126,7 @@ def random_logits(rng: np.random.Generator, size: int) -> np.ndarray:
     ],
     ids=str,
 )
-def test_support_and_shares_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
+def test_n14_support_and_shares_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
     rng = np.random.default_rng(0)
     checked = sum(
         check_against_oracle(random_logits(rng, size), **settings)
@@ -206,7 +206,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("vary", ["seed", "position"])
-def test_frequencies_are_the_oracles(settings: dict[str, Any], vary: str, count: Callable[..., int]) -> None:
+def test_n14_frequencies_are_the_oracles(settings: dict[str, Any], vary: str, count: Callable[..., int]) -> None:
     num_draws = count(20_000, full=1_000_000)
     logits = random_logits(np.random.default_rng(7), 40)
     kept, probs, _ = oracle(logits, **settings)
