@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fairlead.errors import ConfigError
 from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec
 from fairlead_cpu import native, topology
 from fairlead_cpu.allocator import HostAllocator
@@ -160,6 +161,11 @@ def test_a_shared_prefix_is_read_once_and_gives_the_same_bits(kernels: native.Ke
     for a, b in zip(alone, together, strict=True):
         assert a.isfinite().all()
         assert torch.equal(a, b)
+
+
+def test_float16_is_refused(kernels: native.Kernels) -> None:
+    with pytest.raises(ConfigError, match="the native attention has no float16; it has float32, bfloat16"):
+        make_backend(kernels, "float16", num_heads=4, num_kv_heads=2, head_size=16)
 
 
 def test_an_empty_step(kernels: native.Kernels) -> None:
