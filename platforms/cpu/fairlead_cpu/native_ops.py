@@ -166,7 +166,7 @@ def _refuses(dtype: str) -> str | None:
     return None if getattr(torch, dtype) in _DTYPES else f"the native kernels have no {dtype}"
 
 
-# Tiny models make of the last bit of a norm 1.5e-4 in a logit, which N1 compares with transformers at 1e-4. The kernel is
+# Tiny models make 1.5e-4 in a logit of a norm's last bit, and N1 compares them with transformers' at 1e-4. The kernel is
 # nearer to the exact norm than torch's (6e-7 against 1.1e-6), but in float32 transformers' roundings are what counts.
 _RMS_NORMS = ("rms_norm", "fused_add_rms_norm")
 
