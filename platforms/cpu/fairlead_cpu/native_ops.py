@@ -166,8 +166,8 @@ def _refuses(dtype: str) -> str | None:
     return None if getattr(torch, dtype) in _DTYPES else f"the native kernels have no {dtype}"
 
 
-# Tiny models make 1.5e-4 in a logit of a norm's last bit, and N1 compares them with transformers' at 1e-4. The kernel is
-# nearer to the exact norm than torch's (6e-7 against 1.1e-6), but in float32 transformers' roundings are what counts.
+# A norm's last bit moves the logits of tiny models by 1.5e-4, and N1 compares those with transformers' at 1e-4. The
+# kernel is nearer to the exact norm than torch's (6e-7 against 1.1e-6), but in float32 it is the roundings that count.
 _RMS_NORMS = ("rms_norm", "fused_add_rms_norm")
 
 
