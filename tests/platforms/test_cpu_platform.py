@@ -148,7 +148,7 @@ def test_attention_backends_are_made_by_name(platform: CpuPlatform) -> None:
 
 
 def test_an_unknown_backend_is_an_error_that_lists_them(platform: CpuPlatform) -> None:
-    with pytest.raises(ConfigError, match="no attention backend 'flash'; it has: (native, )?sdpa, reference"):
+    with pytest.raises(ConfigError, match=r"no attention backend 'flash'; it has: (native, )?sdpa, reference"):
         platform.attention("flash", SHAPE)
 
 

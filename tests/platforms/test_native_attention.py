@@ -1,6 +1,7 @@
 """What the native attention promises beyond its values: the same bits in any batch and any chunk, its own layout."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fairlead.errors import ConfigError
 from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec
 from fairlead_cpu import native, topology
 from fairlead_cpu.allocator import HostAllocator
@@ -122,7 +124,7 @@ def test_chunks_and_the_batch_do_not_show_in_the_bits(kernels: native.Kernels, k
     cache = new_cache(backend, 3 * num_blocks + 1)
     borders = [0, 1, 2, 17, 64, 65, 300, 301, 511, 512, 513, 600, 1024, 1027, 1100, 1199, 1200]
     done = other = 0
-    for begin, end in zip(borders[:-1], borders[1:], strict=True):
+    for begin, end in itertools.pairwise(borders):
         parts = [(prompt, begin, end)]
         if begin % 2:  # as the second of three, both neighbours further than it or not
             beside = int(rng.integers(1, 90))
@@ -159,6 +161,11 @@ def test_a_shared_prefix_is_read_once_and_gives_the_same_bits(kernels: native.Ke
     for a, b in zip(alone, together, strict=True):
         assert a.isfinite().all()
         assert torch.equal(a, b)
+
+
+def test_float16_is_refused(kernels: native.Kernels) -> None:
+    with pytest.raises(ConfigError, match="the native attention has no float16; it has float32, bfloat16"):
+        make_backend(kernels, "float16", num_heads=4, num_kv_heads=2, head_size=16)
 
 
 def test_an_empty_step(kernels: native.Kernels) -> None:

@@ -90,13 +90,15 @@ struct Layer {
     A* queries;
     A* weights;
     float *scores, *total, *values, *merged;
+    float *wide_queries, *wide_weights;  // of few rows, where the kernels take floats too
     RowSums sums;
     uint32_t* tile;
   };
 
   size_t buffer_units(int rows) const {
     size_t per_row = query_stride + kWeightStride + kScoreStride + 3 + simd::kWidth + 2 * columns + sizeof(Row) / 4;
-    return rows * per_row + kTileSegments * shape.segment_units() + 12 * 16;
+    const size_t wide = kFewRows * (2 * query_stride + kTile);
+    return rows * per_row + wide + kTileSegments * shape.segment_units() + 14 * 16;
   }
 
   Buffers buffers() const {
@@ -118,6 +120,8 @@ struct Layer {
     b.sums.best = floats(n);
     b.sums.factor = floats(n);
     b.sums.lanes = floats(n * simd::kWidth);
+    b.wide_queries = floats(kFewRows * 2 * query_stride);
+    b.wide_weights = floats(kFewRows * kTile);
     b.values = floats(n * columns);
     b.merged = floats(n * columns);
     return b;
@@ -158,6 +162,9 @@ struct Layer {
     if constexpr (Kv::kTiled) {
 #if defined(__AMX_BF16__)
       const int depth = tile_depth(shape.key_units());
+      if (num_rows <= kVectorRows)
+        return vector_product<false>(num_rows, count, b.wide_queries, 2 * shape.key_units(), keys,
+                                     shape.key_units() / depth, depth, b.scores + begin, kScoreStride);
       tile_product<ScoreTiles, Ahead>((num_rows + kTileRows - 1) / kTileRows, count, b.queries, query_stride, keys,
                                       shape.key_units() / depth, depth, b.scores + begin, kScoreStride);
 #endif
@@ -180,6 +187,11 @@ struct Layer {
         float* row = b.values + r * columns;
         for (int i = 0; i < columns; i += simd::kWidth)
           simd::store(row + i, simd::load(row + i) * simd::set1(b.sums.factor[r]));
+      }
+      if (num_rows <= kVectorRows) {
+        widen_rows(num_rows, (end - begin) / Kv::kPair, weights, kWeightStride, b.wide_weights, kTile);
+        return vector_product<true>(num_rows, columns / kSegment, b.wide_weights, kTile, values, (end - begin) / grain,
+                                    grain / Kv::kPair, b.values, columns);
       }
       tile_product<ValueTiles, Ahead>((num_rows + kTileRows - 1) / kTileRows, columns / kSegment, weights,
                                       kWeightStride, values, (end - begin) / grain, grain / Kv::kPair, b.values,
@@ -248,7 +260,14 @@ struct Layer {
     const Buffers b = buffers();
     gather_rows(unit, kv_head, b);
 #if defined(__AMX_BF16__)
-    if (Kv::kTiled) _tile_loadconfig(&tiles);
+    const FlushSubnormals flush;
+    const bool is_tiled = Kv::kTiled && unit.num_rows > kVectorRows;
+    if constexpr (Kv::kTiled) {
+      if (is_tiled)
+        _tile_loadconfig(&tiles);
+      else
+        widen_rows(unit.num_rows, shape.key_units(), b.queries, query_stride, b.wide_queries, 2 * shape.key_units());
+    }
 #endif
     int low = b.rows[0].low, high = b.rows[0].high;
     for (int r = 1; r < unit.num_rows; r++) {
@@ -277,7 +296,7 @@ struct Layer {
       }
     }
 #if defined(__AMX_BF16__)
-    if (Kv::kTiled) _tile_release();  // no thread sleeps with live tiles
+    if (is_tiled) _tile_release();  // no thread sleeps with live tiles
 #endif
     if (unit.is_partial) return;
     for (int r = 0; r < unit.num_rows; r++)
@@ -286,6 +305,9 @@ struct Layer {
 
   // The rows of a sequence whose spans were units of their own.
   void merge_sequence(const Sequence& s, int kv_head) const {
+#if defined(__AMX_BF16__)
+    const FlushSubnormals flush;
+#endif
     float* values = buffers().merged;
     for (int r = 0; r < s.query_len * shape.group(); r++) {
       Partial sum{-kInfinity, 0.0f, values};

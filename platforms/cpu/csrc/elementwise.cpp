@@ -1,5 +1,6 @@
 // Norms, rotary positions, gates and the embedding's rows. A row is summed in one order, by lane and then over the lanes,
 // whatever the number of rows. Strides are in elements; results have no gaps.
+#include <cmath>
 #include <cstring>
 
 #include "matmul.h"
@@ -38,6 +39,15 @@ inline Vf rounded(Vf x, const simd::bf16*) {
   return simd::load(t);
 }
 
+// In double: what a row is scaled with is as exact as a float can be, and costs nothing beside the row.
+inline double sum_lanes(Vf x) {
+  float lanes[simd::kWidth];
+  simd::store(lanes, x);
+  double sum = 0;
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
 // `total` gets x + residual where there is a residual, and is what is normed. `gemma`: times 1 + weight, rounded once.
 template <class T>
 void rms_norm(const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, const T* weight, T* out,
@@ -62,8 +72,7 @@ void rms_norm(const T* x, int64_t x_stride, const T* residual, int64_t residual_
           squares = simd::fma(v, v, squares);
         });
       }
-      const Vf mean = simd::set1(simd::reduce_add(squares) / static_cast<float>(size) + eps);
-      const Vf scale = simd::set1(1.0f) / simd::sqrt(mean);
+      const Vf scale = simd::set1(static_cast<float>(1.0 / std::sqrt(sum_lanes(squares) / static_cast<double>(size) + eps)));
       for_vectors(size, [&](int64_t, auto load, auto store) {
         Vf v = load(from) * scale;
         store(to, gemma ? v * (simd::set1(1.0f) + load(weight)) : rounded(v, from) * load(weight));

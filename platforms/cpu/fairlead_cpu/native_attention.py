@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fairlead.errors import ConfigError
 from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVCache, MemoryAllocator
 from fairlead_cpu.native import Kernels
 
@@ -52,7 +53,8 @@ class NativeAttention:
     name = "native"
 
     def __init__(self, shape: AttentionShape, allocator: MemoryAllocator, kernels: Kernels) -> None:
-        assert shape.dtype in _DTYPES
+        if shape.dtype not in _DTYPES:
+            raise ConfigError(f"the native attention has no {shape.dtype}; it has {', '.join(_DTYPES)}")
         spec = shape.spec
         self.shape = shape
         self._allocator = allocator
