@@ -60,7 +60,8 @@ def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperatu
         scheduler.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params), seed=i)
     while scheduler.waiting or any(s.num_output_tokens == 0 for s in scheduler.running):
         batch = scheduler.schedule()
-        scheduler.update(batch, runner.execute(batch).sampled)
+        prepared = runner.prepare(batch)
+        scheduler.update(batch, runner.sample(prepared, runner.forward(prepared), {}, None).sampled)
     device = torch.device("cpu")
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(steps):
@@ -78,7 +79,7 @@ def measure(model: str, num_seqs: int, prompt_tokens: int, steps: int, temperatu
         marks.append(time.perf_counter())
         rows = SamplingBatch.of([c for c in batch.chunks if c.sample_seed is not None])
         marks.append(time.perf_counter())
-        sampled = sample(logits_RV, rows)
+        sampled, _ = sample(logits_RV, rows)
         marks.append(time.perf_counter())
         scheduler.update(batch, sampled)
         marks.append(time.perf_counter())

@@ -93,10 +93,14 @@ class CacheConfig:
         None, "Number of KV blocks, in place of a size.", aliases=("num_gpu_blocks_override",)
     )
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
+    swap_space: float = setting(
+        0.0, "GiB of host memory for KV blocks that the device has no room for; they come back if that saves time."
+    )
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_blocks", "kv_cache_memory"):
             _at_least(self, name, 1, optional=True)
+        _at_least(self, "swap_space", 0)
         share = self.device_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"device_memory_utilization must be in (0, 1], got {share!r}")
@@ -106,14 +110,30 @@ class CacheConfig:
 class SchedulerConfig:
     """What one step may hold."""
 
-    max_num_seqs: int = setting(256, "Sequences that run at the same time, at most.")
+    max_num_seqs: int = setting(
+        256, "Sequences that run at the same time, at most; the platform may have a lower limit."
+    )
     max_num_batched_tokens: int | None = setting(
         None, "Tokens of one step, at most; longer prompts are computed in chunks. The platform's choice if not given."
+    )
+    long_prefill_token_threshold: int | None = setting(
+        None, "Tokens of one prompt in one step, at most, so that others start beside it; no limit if not given."
+    )
+    scheduling_policy: str = setting(
+        "fcfs", "'fcfs' (order of arrival), 'priority' (lower numbers first), or the name of an installed policy."
+    )
+    priority_aging_s: float = setting(
+        60.0, "Seconds of waiting that outweigh one level of priority, so that nobody starves."
+    )
+    async_scheduling: bool | None = setting(
+        None, "Prepare a step while the one before it runs; the platform's choice if not given."
     )
 
     def __post_init__(self) -> None:
         _at_least(self, "max_num_seqs", 1)
         _at_least(self, "max_num_batched_tokens", 1, optional=True)
+        _at_least(self, "long_prefill_token_threshold", 1, optional=True)
+        _at_least(self, "priority_aging_s", 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

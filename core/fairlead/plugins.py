@@ -8,20 +8,25 @@ reason. Only the chosen platform is created.
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 import fairlead
 from fairlead import hookspecs
 from fairlead.config import PlatformConfig
+from fairlead.contract import check_platform
 from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError, RequestError
-from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, PlatformSpec
+from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, PlatformSpec, SchedulingPolicy
+
+if TYPE_CHECKING:
+    from fairlead.ops.listing import ProviderEntry
 
 ENTRY_POINT_GROUP = "fairlead.platforms"
 PROCESSOR_GROUP = "fairlead.logits_processors"
+POLICY_GROUP = "fairlead.scheduling_policies"
 MODELS_GROUP = "fairlead.models"
 ALLOWLIST_VARIABLE = "FAIRLEAD_PLUGINS"
 
@@ -274,28 +279,48 @@ def load_logits_processor(name: str) -> LogitsProcessor:
     Raises RequestError if there is none of that name that may load, or if it cannot be loaded.
     """
     found = _processors.get(name)
-    if found is not None:
-        return found
+    if found is None:
+        try:
+            found = _processors[name] = _load_callable(PROCESSOR_GROUP, "logits processor", name)
+        except PluginError as error:
+            raise RequestError(str(error), param="logits_processors") from error
+    return found
+
+
+def create_scheduling_policy(name: str) -> SchedulingPolicy:
+    """Makes the scheduling policy of an entry point.
+
+    Raises PluginError if there is none of that name that may load, or if it cannot be made.
+    """
+    make = _load_callable(POLICY_GROUP, "scheduling policy", name)
+    try:
+        policy: SchedulingPolicy = make()
+    except Exception as error:
+        raise PluginError(f"the scheduling policy {name!r} cannot be made: {_one_line(error)}") from error
+    if not callable(getattr(policy, "key", None)):
+        raise PluginContractError(
+            plugin=name, hook="key", expected="a SchedulingPolicy", got=f"{type(policy).__name__} without it"
+        )
+    return policy
+
+
+def _load_callable(group: str, what: str, name: str) -> Callable[..., Any]:
+    """What an entry point names. Raises PluginError."""
     permitted = allowlist()
     known = {
         entry_point.name: entry_point
-        for entry_point in importlib.metadata.entry_points(group=PROCESSOR_GROUP)
+        for entry_point in importlib.metadata.entry_points(group=group)
         if permitted is None or entry_point.name in permitted
     }
     if name not in known:
-        raise RequestError(
-            f"there is no logits processor {name!r:.100}{_restriction()}; found: {', '.join(sorted(known)) or 'none'}",
-            param="logits_processors",
-        )
+        found = ", ".join(sorted(known)) or "none"
+        raise PluginError(f"there is no {what} {name!r:.100}{_restriction()}; found: {found}")
     try:
-        loaded: LogitsProcessor = known[name].load()
+        loaded: Callable[..., Any] = known[name].load()
     except Exception as error:
-        message = f"the logits processor {name!r} cannot be loaded: {_one_line(error)}"
-        raise RequestError(message, param="logits_processors") from error
+        raise PluginError(f"the {what} {name!r} cannot be loaded: {_one_line(error)}") from error
     if not callable(loaded):
-        kind = type(loaded).__name__
-        raise RequestError(f"the logits processor {name!r} is no callable but a {kind}", param="logits_processors")
-    _processors[name] = loaded
+        raise PluginError(f"the {what} {name!r} is no callable but a {type(loaded).__name__}")
     return loaded
 
 
@@ -325,7 +350,8 @@ def environment(config: PlatformConfig) -> Mapping[str, str]:
 def create(record: PlatformRecord, device: Device) -> Platform:
     """Creates the platform.
 
-    Raises PluginContractError if what comes back is no Platform, PluginError naming the plugin if it raises.
+    Raises PluginContractError if what comes back is no Platform as it should be, PluginError naming the plugin if it
+    raises.
     """
     assert record.spec is not None
     try:
@@ -336,31 +362,15 @@ def create(record: PlatformRecord, device: Device) -> Platform:
         raise PluginError(
             f"platform {record.name!r} ({_owner(record)}) failed to create device {device.name!r}: {_one_line(error)}"
         ) from error
-    missing = [a for a in _PLATFORM_MEMBERS if getattr(platform, a, None) is None]
-    if missing:
-        raise PluginContractError(
-            plugin=record.name,
-            hook="create",
-            expected="a Platform",
-            got=f"{type(platform).__name__} without {', '.join(missing)}",
-        )
+    check_platform(platform, record.name, device)
     return platform
 
 
-_PLATFORM_MEMBERS = (
-    "name",
-    "device",
-    "torch_device",
-    "capabilities",
-    "defaults",
-    "allocator",
-    "attention_backends",
-    "attention",
-    "ops",
-    "linear_methods",
-    "memory_info",
-    "synchronize",
-)
+def providers(name: str) -> "list[ProviderEntry]":
+    """Creates the named platform on its first device and lists what it brings. Raises as `choose` and `create` do."""
+    from fairlead.ops.listing import list_providers  # torch enters here
+
+    return list_providers(create(*choose(PlatformConfig(platform=name))))
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,11 +4,14 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+import msgspec
+
 from fairlead.errors import ContextLengthError, RequestError
 from fairlead.sampling_params import MAX_LOGPROBS as MAX_LOGPROBS
 from fairlead.sampling_params import MAX_N as MAX_N
 from fairlead.sampling_params import SamplingParams as SamplingParams
 from fairlead.sampling_params import StructuredOutputParams as StructuredOutputParams
+from fairlead.sampling_params import stop_tokens
 
 
 class FinishReason(StrEnum):
@@ -24,7 +27,8 @@ class FinishReason(StrEnum):
 class Request:
     """One prompt with its parameters, as the engine takes it.
 
-    `cache_salt` separates prefix-cache tenants: blocks are shared only among equal salts. `bad_words_token_ids` are
+    `cache_salt` separates prefix-cache tenants: blocks are shared only among equal salts. Under the scheduling policy
+    "priority", requests of a lower `priority` are served first. `bad_words_token_ids` are
     the spellings of params.bad_words: the last token of one is never sampled where the output ends with the others.
     With `num_beam_candidates` it is one beam's step of the engine's own: the edited log-probabilities of so many best
     tokens come back, in place of the unedited ones.
@@ -35,6 +39,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    priority: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     num_beam_candidates: int = 0
 
@@ -95,27 +100,45 @@ class Sequence:
     """One growing list of tokens: the only thing that the scheduler mutates besides its queues.
 
     A request has `params.num_sequences` of them. `num_computed_tokens` counts the tokens whose keys and values are in
-    the cache; a step hands the sequence tokens until it has caught up with `num_tokens`.
+    the cache once the steps scheduled so far have run; a step hands the sequence tokens until it has caught up with
+    `num_tokens` and the `num_pending` ones that those steps sample, which are not known yet. `key` is its place in the
+    order of service, and it ends with its `max_num_tokens`-th token at the latest.
     """
 
     seq_id: int
     request: Request
     index: int
     seed: int
+    key: tuple[float, int]
+    max_num_tokens: int
     token_ids: list[int]
     num_computed_tokens: int = 0
+    num_pending: int = 0
+    pending_row: int | None = None  # the place of the latest pending token among the sampled ones of its step
+    num_stale: int = 0  # tokens of steps that still run, to be thrown away when they come
+    num_seats: int = 1  # places among the running: its own, and those of the siblings that it will fork
+    has_forked: bool = False  # whether those run, or are none
     num_cached_tokens: int | None = None  # prompt tokens found in the prefix cache at first admission
+    has_shared_context: bool = False  # whether another sequence computed some of what it reads
+    may_hit_cache: bool = True
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     block_tables: list[BlockTable] = field(default_factory=list)  # one per cache group; none while it waits
     block_hashes: list[bytes] = field(default_factory=list)
+    # Owned by the block manager: how many full blocks it has published, a copy of the tables for those who read them,
+    # and the position up to which single tokens can be written without asking it.
+    num_published: int = 0
+    tables_snapshot: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    quiet_until: int = 0
+    stop_ids: frozenset[int] = field(init=False)  # tokens that end it
     is_plain: bool = field(init=False)  # needs no ChunkExtras; asked in every step
     # Of the prompt's second token on, as far as computed; None where they are not wanted, or have been sent.
     prompt_logprobs: list["TokenLogprobs"] | None = field(init=False)
 
     def __post_init__(self) -> None:
         params = self.request.params
+        self.stop_ids = frozenset(stop_tokens(params, self.request.eos_token_ids))
         self.prompt_logprobs = [] if params.prompt_logprobs is not None and self.index == 0 else None
         self.is_plain = not (
             params.edits_logits
@@ -149,9 +172,8 @@ class TokenLogprobs:
     rank: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SequenceDelta:
-    """What one step added to one sequence; engine to front end.
+class SequenceDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What one step added to one sequence; engine to front end. (A struct, as ScheduledChunk is.)
 
     `prompt_logprobs` comes with the first token of the first sequence, for the prompt's tokens but its first.
     """
@@ -226,6 +248,10 @@ class EngineInfo:
     num_blocks: int
     weights_bytes: int
     kv_cache_bytes: int
+    activation_bytes: int = 0  # the most that a step takes beside these
+    activations_measured: bool = False  # in a step of the loaded model, rather than estimated from its shapes
+    swap_bytes: int = 0  # host memory for KV blocks
+    swap_costs: str = ""  # what moving a block costs against computing it, where there is swap space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +262,8 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0  # share of blocks that a sequence holds, 0 to 1
     num_preemptions: int = 0
+    num_blocks_swapped_out: int = 0  # KV blocks copied to the host
+    num_blocks_swapped_in: int = 0  # and back
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
     num_generation_tokens: int = 0

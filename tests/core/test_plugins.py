@@ -1,6 +1,7 @@
 """Choosing a platform, and what discovery makes of modules that break the contract in their own way."""
 
 import importlib.metadata
+import re
 import sys
 import types
 from typing import Any
@@ -314,3 +315,37 @@ def test_models_are_imported_only_when_asked_for(monkeypatch: pytest.MonkeyPatch
     registry.check_supported("AcmeForCausalLM")
     with pytest.raises(PluginError, match="acme_missing:Acme that a plugin names cannot be imported"):
         registry.read_config("AcmeForCausalLM", {})
+
+
+class Shortest:
+    def key(self, request: object) -> float:
+        return 0.0
+
+
+def fail() -> None:
+    raise OSError("no licence")
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "error"),
+    [
+        ("shortest", "Shortest", None),
+        ("longest", "Shortest", "there is no scheduling policy 'longest'; found: shortest"),
+        ("shortest", "missing", "the scheduling policy 'shortest' cannot be loaded: AttributeError"),
+        ("shortest", "__name__", "the scheduling policy 'shortest' is no callable but a str"),
+        ("shortest", "fail", "the scheduling policy 'shortest' cannot be made: OSError: no licence"),
+        ("shortest", "list", "expected a SchedulingPolicy, got list without it"),
+    ],
+)
+def test_a_scheduling_policy_is_made_by_name(
+    name: str, named: str, error: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "builtins" if named == "list" else __name__
+    monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
+    entry_point = importlib.metadata.EntryPoint("shortest", f"{module}:{named}", plugins.POLICY_GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: (entry_point,))
+    if error is None:
+        assert isinstance(plugins.create_scheduling_policy(name), Shortest)
+    else:
+        with pytest.raises(PluginError, match=re.escape(error)):
+            plugins.create_scheduling_policy(name)

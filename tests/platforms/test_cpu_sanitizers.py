@@ -16,6 +16,7 @@ CPU = ROOT / "platforms" / "cpu"
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g1", "-fno-omit-frame-pointer")
 # Each has code of its own: the full count takes every one that this machine can run, the quick one the last but plain.
 ISAS = native.usable() if os.environ.get("FAIRLEAD_TEST_FULL") == "1" else native.usable()[-2:][:1]
+TESTS = ("test_cpu_linear.py", "test_cpu_native.py", "test_cpu_ops.py", "test_native_attention.py")
 RUN = """
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_kernels_touch_nothing_that_is_not_theirs(isa: str, tmp_path: Path, monk
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "FAIRLEAD_CPU_ISA": isa,
     }
-    tests = [str(ROOT / "tests" / "platforms" / name) for name in ("test_cpu_linear.py", "test_cpu_native.py")]
+    tests = [str(ROOT / "tests" / "platforms" / name) for name in TESTS]
     command = [sys.executable, "-c", RUN, str(tmp_path / "lib"), isa, *tests]
     command += ["-k", "not fork"]  # ASan's own allocator may be locked in a fork of several threads
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)

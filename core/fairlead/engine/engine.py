@@ -5,16 +5,19 @@ from dataclasses import replace
 
 from fairlead import plugins
 from fairlead.checkpoint import Checkpoint
-from fairlead.config import EngineConfig
+from fairlead.config import EngineConfig, SchedulerConfig
 from fairlead.engine.beam_search import BeamSearches
 from fairlead.engine.builder import build
+from fairlead.engine.pipeline import Pipeline, RunningStep, SamplingInputs
 from fairlead.errors import RequestError
+from fairlead.interface import SchedulingPolicy
 from fairlead.request import EngineInfo, EngineStats, Request, SequenceDelta
 from fairlead.sampling.structured.backend import Vocabulary, backend_names
 from fairlead.sampling.structured.compiler import Compiler
 from fairlead.sampling.structured.params import StructuredOutputParams, spec_error
 from fairlead.sampling.structured.policy import StructuredOutputs
 from fairlead.scheduling.block_manager import BlockManager
+from fairlead.scheduling.policy import FirstComeFirstServed, Priority
 from fairlead.scheduling.scheduler import Scheduler
 from fairlead.tokenization.tokenizer import load_tokenizer
 
@@ -29,17 +32,22 @@ class EngineCore:
         self.info: EngineInfo = plan.info
         self.op_providers = plan.op_providers
         self._runner = built.runner
+        self._pipeline = Pipeline(built.runner, is_async=settings.async_scheduling)
+        self._in_flight: RunningStep | None = None
         blocks = BlockManager(
             plan.cache_groups,
             settings.block_size,
             max_chunk=settings.max_num_batched_tokens,
             enable_prefix_caching=config.cache.enable_prefix_caching,
+            swap_costs=built.swap_costs,
         )
         self.scheduler = Scheduler(
             blocks,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=settings.max_model_len,
+            policy=_policy(config.scheduler),
+            long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
         )
         self._beams = BeamSearches(self.scheduler)
         self._seeds = random.Random(config.model.seed)
@@ -51,7 +59,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self.scheduler.has_work or self._structured.num_held > 0
+        return self.scheduler.has_work or self._structured.num_held > 0 or self._in_flight is not None
 
     def add_request(self, request: Request) -> None:
         """Queues a request. Raises RequestError if it can never run, ValueError if its id is in use.
@@ -96,28 +104,50 @@ class EngineCore:
         self._structured.abort(request_id)
 
     def step(self) -> list[SequenceDelta]:
-        """Runs one step; returns what it added to each sequence. Call only while `has_work`.
+        """Starts one step and ends one; returns what that added to each sequence. Call only while `has_work`.
 
-        If the platform raises, every request is ended, the cache is forgotten, and the error goes on.
+        With asynchronous scheduling it is the step before that ends, while the new one runs: the first call returns
+        nothing. If the platform raises, every request is ended, the cache is forgotten, and the error goes on.
         """
         for request, seed in self._structured.admit():
             self.scheduler.add(request, seed)
-        if not self.scheduler.has_work:
+        if not self.scheduler.has_work and self._in_flight is None:
             self._structured.wait()
             return []
-        batch = self.scheduler.schedule()
         try:
-            bitmask = self._structured.begin(batch)
-            result = self._runner.execute(batch, bitmask)
-            sampled = result.sampled if bitmask is None else self._structured.advance(bitmask, result.sampled)
+            return self._step()
         except BaseException:  # Ctrl-C too: no request may stay behind half computed
-            self.scheduler.abort_all()
-            self._beams.clear()
-            self._structured.abort_all()
+            self._end_all()
             raise
-        deltas = self.scheduler.update(batch, sampled, result.prompt_logprobs)
-        self._structured.forget(deltas)
+
+    def _step(self) -> list[SequenceDelta]:
+        batch = self.scheduler.schedule()
+        running, self._in_flight = self._in_flight, self._pipeline.launch(batch) if batch.chunks else None
+        deltas = self._take(running) if running is not None else []
+        started = self._in_flight
+        if started is not None:
+            contexts = self.scheduler.sample_contexts(started.batch)
+            bitmask = self._structured.begin(started.batch)
+            started.sampling.set_result(SamplingInputs(contexts=contexts, bitmask=bitmask))
+            if not self._pipeline.is_async:
+                self._in_flight = None
+                deltas = self._take(started)
         return self._beams.take(deltas) if self._beams else deltas
+
+    def _take(self, step: RunningStep) -> list[SequenceDelta]:
+        """Waits for a step and takes in what it gave."""
+        result, bitmask = self._pipeline.wait(step), step.sampling.result().bitmask
+        sampled = result.sampled if bitmask is None else self._structured.advance(bitmask, result.sampled)
+        deltas = self.scheduler.update(step.batch, sampled, result.prompt_logprobs)
+        self._structured.forget(deltas)
+        return deltas
+
+    def _end_all(self) -> None:
+        self._in_flight = None
+        self._pipeline.discard()
+        self.scheduler.abort_all()
+        self._beams.clear()
+        self._structured.abort_all()
 
     def stats(self) -> EngineStats:
         """Counters and gauges as of now."""
@@ -131,16 +161,24 @@ class EngineCore:
 
     def close(self) -> None:
         """Ends every request and lets go of the model and its cache."""
-        self.scheduler.abort_all()
-        self._beams.clear()
+        self._end_all()
+        self._pipeline.close()
         self._structured.close()
-        del self._runner
+        del self._runner, self._pipeline
 
     def _check_structured(self) -> None:
         if not self._has_tokenizer:
             raise spec_error("the model was loaded without a tokenizer, so no grammar can be compiled")
         if not self._grammar_backends:
             raise spec_error("no grammar library is installed; pip install llguidance")
+
+
+def _policy(config: SchedulerConfig) -> SchedulingPolicy:
+    if config.scheduling_policy == "fcfs":
+        return FirstComeFirstServed()
+    if config.scheduling_policy == "priority":
+        return Priority(aging_s=config.priority_aging_s)
+    return plugins.create_scheduling_policy(config.scheduling_policy)
 
 
 def _vocabulary(config: EngineConfig, checkpoint: Checkpoint, vocab_size: int) -> Vocabulary:

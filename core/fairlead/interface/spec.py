@@ -53,7 +53,8 @@ class Capabilities:
     travel between engines. `kv_dtypes` are those of the cache, "auto" being the model's. `quantization` names the
     schemes that run on methods of its own (others run on their references). `graphs`: its graph runner replays
     captured steps. With `static_shapes`, steps of other sizes than its graph runner's buckets cannot run at all.
-    `max_batched_tokens` and `max_num_seqs` bound one step; None is no bound. `max_world_size` is how many devices can
+    `max_batched_tokens` and `max_num_seqs` bound one step; None is no bound, and a lower bound of sequences than was
+    asked for is taken. `max_world_size` is how many devices can
     run one model; above 1 it has collectives. `batch_invariant`: a sequence's results do not depend on what shares
     its batch, bit by bit.
     """
@@ -82,12 +83,16 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """Settings that suit a platform; the core applies them where the user gave none."""
+    """Settings that suit a platform; the core applies them where the user gave none.
+
+    `async_scheduling` pays where the device computes while the host's processors are free.
+    """
 
     dtype: str
     block_size: int
     max_num_batched_tokens: int
     device_memory_utilization: float
+    async_scheduling: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class Linear(torch.nn.Module):
         super().__init__()
         self.shape = ctx.linear_shape(in_features, out_features, is_shared=tied_to is not None)
         self.method = ctx.linear_method(self.shape, is_quantized=is_quantized)
-        self._apply_method = self.method.apply
+        self._table, self._apply_method = ctx.linear, ctx.linear.apply_of(self.method, self.shape)
         self._packed: object = None
         self.weight: torch.nn.Parameter | None = ctx.weight(out_features, in_features) if tied_to is None else tied_to
         self.bias = ctx.weight(out_features) if bias else None
@@ -40,7 +40,7 @@ class Linear(torch.nn.Module):
         """Hands the loaded weight over to the method."""
         assert self.weight is not None
         weight = self._as_rows(self.weight.data)
-        self._packed = self.method.pack({"weight": weight})
+        self._packed = self._table.pack(self.method, weight)
         if self._packed is not weight:
             self.weight = None
 

@@ -49,7 +49,12 @@ class Experts(torch.nn.Module):
         self._names, self._size, self._spec = names, F, spec
         self._moe, self._activation = ctx.ops.moe, ctx.ops.silu_and_mul
         self._shapes = ctx.linear_shape(E, 2 * F), ctx.linear_shape(F, E)
+        self._table = ctx.linear
         self._enter, self._leave = (ctx.linear_method(shape) for shape in self._shapes)
+        self._apply_enter, self._apply_leave = (
+            ctx.linear.apply_of(method, shape)
+            for method, shape in zip((self._enter, self._leave), self._shapes, strict=True)
+        )
         has_own_op = ctx.quantization == UNQUANTIZED and ctx.ops.moe is not reference.moe
         is_plain = isinstance(self._enter, PlainLinear) and isinstance(self._leave, PlainLinear)
         self._is_stacked = has_own_op or is_plain
@@ -62,14 +67,14 @@ class Experts(torch.nn.Module):
 
     def _run_expert(self, expert: int, rows_NE: torch.Tensor) -> torch.Tensor:
         enter, leave = self._packed[expert]
-        return self._leave.apply(self._activation(self._enter.apply(rows_NE, enter, None)), leave, None)
+        return self._apply_leave(self._activation(self._apply_enter(rows_NE, enter, None)), leave, None)
 
     def pack_weights(self) -> None:
         """Hands the loaded weights over to what will multiply by them."""
         if self._is_stacked:
             return
         for enter, leave in zip(self.gate_up_proj.data, self.down_proj.data, strict=True):
-            self._packed.append((self._enter.pack({"weight": enter}), self._leave.pack({"weight": leave})))
+            self._packed.append((self._table.pack(self._enter, enter), self._table.pack(self._leave, leave)))
         del self.gate_up_proj, self.down_proj
 
     def packed_bytes(self) -> int:

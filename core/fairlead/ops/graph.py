@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-Forward = Callable[[torch.Tensor, torch.Tensor, object], torch.Tensor]
+Forward = Callable[..., torch.Tensor]
 
 
 class PassThrough:

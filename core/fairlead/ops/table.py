@@ -1,7 +1,7 @@
 """Which implementation of each op runs: chosen once, when a model is built, never per call."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 
 import torch
@@ -9,6 +9,7 @@ import torch
 from fairlead.errors import ConfigError, PluginContractError
 from fairlead.interface import MoeSpec, OpProvider, Platform
 from fairlead.ops import reference
+from fairlead.ops.first_call import FirstCall
 from fairlead.ops.linear import LinearTable
 
 Tensor = torch.Tensor
@@ -33,10 +34,22 @@ class Ops:
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor], Tensor]
     moe: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, MoeSpec], Tensor]
+    lora_shrink: Callable[[Tensor, Tensor, Tensor], Tensor]
+    lora_expand: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     apply_token_bitmask: Callable[[Tensor, Tensor], Tensor]
+    apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    draw: Callable[[Tensor, Tensor], Tensor]
+    draw_filtered: Callable[[Tensor, Tensor, int], Tensor]
 
 
 OP_NAMES = tuple(f.name for f in fields(Ops))
+
+# Which expert a token goes to, and how many tokens a row keeps, depends on values, which the meta device has not.
+_REFERENCES_ON_META: dict[str, Callable[..., object]] = {
+    **{name: getattr(reference, name) for name in OP_NAMES},
+    "moe": lambda x_TE, *_: torch.empty_like(x_TE),
+    "draw_filtered": lambda probs_RV, *_: torch.empty(len(probs_RV), dtype=torch.int64, device="meta"),
+}
 
 
 def choose_ops(
@@ -96,4 +109,13 @@ def choose_providers(
     if any(method.name == linear for candidates in methods.values() for method in candidates):
         del wanted["linear"]
     ops, names = choose_ops(platform.name, platform.ops(), dtype=dtype, overrides=wanted)
-    return ops, LinearTable(platform.name, methods, ops.linear, linear_name=names["linear"], wanted=linear), names
+    own = {
+        op: FirstCall(getattr(ops, op), _REFERENCES_ON_META[op], plugin=platform.name, hook=f"ops[{op!r}] {name!r}")
+        for op, name in names.items()
+        if name != REFERENCE
+    }
+    ops = replace(ops, **own)
+    table = LinearTable(
+        platform.name, methods, ops.linear, linear_name=names["linear"], wanted=linear, allocator=platform.allocator
+    )
+    return ops, table, names

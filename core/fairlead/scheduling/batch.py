@@ -1,6 +1,9 @@
 """What the scheduler hands to the model runner, and gets back: plain integers, snapshots of one step."""
 
 from dataclasses import dataclass
+from enum import Enum
+
+import msgspec
 
 from fairlead.request import Request, SamplingParams, TokenLogprobs
 
@@ -26,25 +29,25 @@ class ChunkExtras:
     """What most sequences never need, apart from the rest, so that a step of 64 plain ones pays nothing for it.
 
     `num_logprobs` takes the place of params.logprobs; for a beam (`is_beam`) the edited log-probabilities are meant.
-    `context` is there where the params edit the logits and a token is sampled. `prompt_targets` are prompt tokens whose
-    log-probabilities are wanted; the chunk's tokens from number `prompt_row` on predict them, one each.
+    `prompt_targets` are prompt tokens whose log-probabilities are wanted; the chunk's tokens from number `prompt_row`
+    on predict them, one each.
     """
 
     num_logprobs: int | None = None
     is_beam: bool = False
-    context: SampleContext | None = None
     prompt_targets: tuple[int, ...] = ()
     prompt_row: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledChunk:
-    """The next tokens of one sequence.
+class ScheduledChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The next tokens of one sequence. (A struct: made once per sequence and step, at a fifth of a dataclass's cost.)
 
-    `start` tokens are in the cache already. `block_tables` has, per cache group, the number of the first block held and
-    the blocks from there on. `sample_seed` is None where the chunk ends before the last known token,
-    so that nothing is sampled; else it makes the draw reproducible. `position` is the index of the token to sample.
-    `extras` is None for all but the few sequences that need it.
+    `start` tokens are in the cache before it. A chunk has the `token_ids`, or, where it was scheduled before the step
+    that samples its only token is over, none and the `source_row`: the place of that token among the sampled ones of
+    the step before. `block_tables` has, per cache group, the number of the first block held and the blocks from there
+    on. `sample_seed` is None where the chunk ends before the sequence's last token, so that nothing is sampled; else
+    it makes the draw reproducible. `position` is the index of the token to sample. `extras` is None for all but the
+    few sequences that need it.
     """
 
     seq_id: int
@@ -54,23 +57,47 @@ class ScheduledChunk:
     params: SamplingParams
     sample_seed: int | None
     position: int
+    source_row: int | None = None
     extras: ChunkExtras | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) if self.source_row is None else 1
+
+
+class CopyKind(Enum):
+    """Where a block is copied from and to."""
+
+    WITHIN = "within"  # the device
+    OUT = "out"  # from the device to the host
+    IN = "in"  # from the host to the device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCopy:
+    """The copy of one block of a cache group; host blocks are numbered on their own."""
+
+    kind: CopyKind
+    group: int
+    source: int
+    destination: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledBatch:
-    """One step. `block_copies` (group, source, destination) happen before any of its writes, in order."""
+    """One step. `block_copies` happen before any of its writes, one after the other: a later one may read or overwrite
+    what an earlier one wrote, on the host too."""
 
     chunks: tuple[ScheduledChunk, ...]
-    block_copies: tuple[tuple[int, int, int], ...]
+    block_copies: tuple[BlockCopy, ...]
+    edits_logits: bool = False  # whether the params of a chunk that samples do
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(c.token_ids) for c in self.chunks)
+        return sum(c.num_tokens for c in self.chunks)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampledToken:
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The sampler's answer for one chunk. `token_id` is None where there is none: `error` says why, and None there
     that the logits held NaN. `ends_sequence` is set where the token completes a grammar that nothing can follow."""
 

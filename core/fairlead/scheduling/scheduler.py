@@ -3,18 +3,25 @@
 There is no prefill phase and no decode phase. Each sequence has `num_computed_tokens`, and a step hands it tokens
 until it has caught up with `num_tokens`; chunked prefill, prefix caching and preemption by recompute follow from it.
 
-Order of service is order of arrival (`seq_id`), and the newest one is preempted first, so all that wait are newer than
-all that run. The oldest sequence gets tokens in every step and is never preempted, so every one of them ends. Among the
-running, only the newest can be amid its prompt: it took what the budget left over, so none was admitted behind it.
+Order of service is by `key`: what the policy makes of a request, then order of arrival. Keys never change, so that the
+first in line gets tokens in every step, is never preempted, and every sequence comes to be the first. The last one in
+line is preempted first. A chunk of a prompt leaves a token of the budget to everyone who runs behind it.
+
+A step may be scheduled while the one before it still runs. The tokens that one samples are then `num_pending`; a
+sequence whose next token cannot be its last goes on with a chunk that takes the pending token where the worker has it
+(`ScheduledChunk.source_row`). If that token turns out to end the sequence, the chunk was in vain: steps run in order,
+so it can only write where nobody reads, and what it samples is passed over.
 Source: Yu et al., "Orca" (OSDI 2022), section 3; Kwon et al., "PagedAttention" (SOSP 2023), section 4.5.
 """
 
 import bisect
 import itertools
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from fairlead.interface import QueuedRequest, SchedulingPolicy
 from fairlead.request import (
     MAX_N,
     EngineStats,
@@ -27,6 +34,7 @@ from fairlead.request import (
 )
 from fairlead.scheduling.batch import ChunkExtras, SampleContext, SampledToken, ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import BlockManager
+from fairlead.scheduling.policy import FirstComeFirstServed
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the seeds of a request differ
 NAN_ERROR = "the model's logits were not a number"
@@ -38,23 +46,42 @@ class _Step:
 
     budget: int
     chunks: list[ScheduledChunk] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    preempted: bool = False
+    num_samples: int = 0
+    edits_logits: bool = False
+    unfinished: list[Sequence] = field(default_factory=list)  # those whose known tokens it does not compute to the end
+    displaced: list[Sequence] = field(default_factory=list)  # those that make way for others
+    promised: tuple[tuple[float, int], int] | None = None  # key and tokens of one that goes before running ones
+    lacks_memory: bool = False
 
 
 class Scheduler:
-    """Owns the queues. `schedule` picks the next step, `update` takes in what it sampled."""
+    """Owns the queues. `schedule` picks the next step, `update` takes in what it sampled.
+
+    A prompt gets at most `long_prefill_token_threshold` tokens of a step, if that is given. `clock` (seconds) tells the
+    policy when a request arrived.
+    """
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        policy: SchedulingPolicy | None = None,
+        long_prefill_token_threshold: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.waiting: list[Sequence] = []  # sorted by seq_id
-        self.running: list[Sequence] = []  # sorted by seq_id
+        self.waiting: list[Sequence] = []  # sorted by key
+        self.running: list[Sequence] = []  # sorted by key
+        self._policy, self._clock = policy or FirstComeFirstServed(), clock
+        self._max_chunk = long_prefill_token_threshold or max_num_batched_tokens
         self._requests: dict[str, list[Sequence]] = {}
         self._live: dict[int, Sequence] = {}
+        self._num_seats = 0  # taken by the running
         self._num_added = 0
         self._num_preemptions = self._num_prompt = self._num_cached = self._num_generated = 0
         self._num_queries = self._num_hits = self._num_nan = self._num_steps = 0
@@ -70,18 +97,29 @@ class Scheduler:
         """
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
+        seq_id = self._num_added * MAX_N
+        num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
+        max_num_tokens = self.max_model_len
+        if request.num_beam_candidates:  # a beam's step is one token
+            max_num_tokens = num_prompt_tokens + len(output_token_ids) + 1
+        elif max_tokens is not None:
+            max_num_tokens = min(max_num_tokens, num_prompt_tokens + max_tokens)
         seq = Sequence(
-            seq_id=self._num_added * MAX_N,
+            seq_id=seq_id,
             request=request,
             index=0,
             seed=seed,
+            key=(self._policy.key(self._queued(request)), seq_id),
+            max_num_tokens=max_num_tokens,
             token_ids=[*request.prompt_token_ids, *output_token_ids],
+            num_seats=1 if output_token_ids else request.params.num_sequences,
+            has_forked=bool(output_token_ids),
             num_cached_tokens=0 if output_token_ids else None,
         )
         self._num_added += 1
         self._requests[request.request_id] = [seq]
-        self._live[seq.seq_id] = seq
-        self.waiting.append(seq)
+        self._live[seq_id] = seq
+        bisect.insort(self.waiting, seq, key=_key)
 
     def find_sequence(self, seq_id: int) -> Sequence | None:
         """The sequence of a chunk, if it has not ended."""
@@ -92,14 +130,35 @@ class Scheduler:
         return request_id in self._requests
 
     def schedule(self) -> ScheduledBatch:
-        """Picks the next step: first the running sequences, then, memory and budget permitting, waiting ones."""
+        """Picks the next step: first the running sequences, then, memory and budget permitting, waiting ones.
+
+        It has no chunks if there is no work, or if all of it waits for tokens of a step that still runs.
+        """
         step = _Step(budget=self.max_num_batched_tokens)
+        self._make_way(step)
         self._continue_running(step)
-        if not step.preempted:
+        if self.waiting and not step.lacks_memory:
             self._admit_waiting(step)
-        self._num_steps += 1
-        assert step.chunks or not self.has_work, "there is work, but no sequence could be scheduled"
-        return ScheduledBatch(chunks=tuple(step.chunks), block_copies=tuple(step.copies))
+        self._num_steps += bool(step.chunks)
+        assert step.chunks or not self.has_work or any(s.num_pending for s in self.running), "nothing can be scheduled"
+        return ScheduledBatch(
+            chunks=tuple(step.chunks), block_copies=self.blocks.take_copies(), edits_logits=step.edits_logits
+        )
+
+    def sample_contexts(self, batch: ScheduledBatch) -> dict[int, SampleContext]:
+        """What precedes the tokens of a step whose params edit their logits, by place among the sampled ones.
+
+        To be asked for once the step before is over: all tokens before the sampled ones must be known.
+        """
+        if not batch.edits_logits:
+            return {}
+        samplers = enumerate(chunk for chunk in batch.chunks if chunk.sample_seed is not None)
+        found = ((row, self._live.get(chunk.seq_id)) for row, chunk in samplers if chunk.params.edits_logits)
+        return {
+            row: SampleContext(request=seq.request, token_ids=tuple(seq.token_ids))
+            for row, seq in found
+            if seq is not None and not seq.num_stale
+        }
 
     def update(
         self,
@@ -107,24 +166,29 @@ class Scheduler:
         sampled: Seq[SampledToken],
         prompt_logprobs: Mapping[int, Seq[TokenLogprobs]] | None = None,
     ) -> list[SequenceDelta]:
-        """Advances the sequences of a step; `sampled` has one entry per chunk that has a sample_seed, in order.
+        """Takes in what a step sampled: one entry per chunk that has a sample_seed, in order. Steps come in order.
 
         Sequences that end give their blocks back. Those aborted since `schedule` are passed over.
         """
         deltas: list[SequenceDelta] = []
-        tokens = iter(sampled)
+        live, row = self._live, 0
         for chunk in batch.chunks:
-            token = next(tokens) if chunk.sample_seed is not None else None
-            seq = self._live.get(chunk.seq_id)
+            seq = live.get(chunk.seq_id)
+            if chunk.extras is not None and prompt_logprobs and seq is not None and seq.prompt_logprobs is not None:
+                seq.prompt_logprobs += prompt_logprobs.get(seq.seq_id, ())
+            if chunk.sample_seed is None:
+                continue
+            token = sampled[row]
+            row += 1
             if seq is None:
                 continue
-            seq.num_computed_tokens = chunk.start + len(chunk.token_ids)
-            if chunk.extras is not None and seq.prompt_logprobs is not None and prompt_logprobs is not None:
-                seq.prompt_logprobs += prompt_logprobs.get(seq.seq_id, ())
-            if token is not None:
-                if seq.num_output_tokens == 0 and seq.index == 0:
-                    self._fork(seq)
-                deltas.append(self._append(seq, token))
+            if seq.num_stale:
+                seq.num_stale -= 1
+                continue
+            seq.num_pending -= 1
+            delta = self._take(seq, token)
+            if delta is not None:
+                deltas.append(delta)
         return deltas
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -133,7 +197,7 @@ class Scheduler:
         Until the prompt of a request with several is computed it has no single sequences: only the whole can be ended.
         """
         for seq in list(self._requests.get(request_id, ())):
-            if index is None or (seq.index == index and _seats(seq) == 1):
+            if index is None or (seq.index == index and seq.num_seats == 1):
                 self._finish(seq, FinishReason.ABORT)
 
     def abort_all(self) -> list[str]:
@@ -152,6 +216,8 @@ class Scheduler:
             num_requests_waiting=len(self._requests) - len(running),
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
+            num_blocks_swapped_out=self.blocks.num_swapped_out,
+            num_blocks_swapped_in=self.blocks.num_swapped_in,
             num_prompt_tokens=self._num_prompt,
             num_cached_prompt_tokens=self._num_cached,
             num_generation_tokens=self._num_generated,
@@ -163,40 +229,70 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Asserts the invariants of queues and blocks; for tests and for an idle engine."""
-        assert all(a.seq_id < b.seq_id for a, b in itertools.pairwise([*self.running, *self.waiting])), "out of order"
-        assert all(s.status is SequenceStatus.RUNNING for s in self.running)
-        assert all(s.status is SequenceStatus.WAITING for s in self.waiting)
+        for queue, status in ((self.running, SequenceStatus.RUNNING), (self.waiting, SequenceStatus.WAITING)):
+            assert all(a.key < b.key for a, b in itertools.pairwise(queue)), "out of order"
+            assert all(s.status is status for s in queue)
         assert all(not s.block_tables and s.num_computed_tokens == 0 for s in self.waiting)
-        assert all(s.num_tokens - s.num_computed_tokens == 1 for s in self.running[:-1]), "a second one amid its prompt"
         assert sorted(self._live) == sorted(s.seq_id for s in [*self.waiting, *self.running])
         assert sum(map(len, self._requests.values())) == len(self._live)
-        assert self._num_seats() <= self.max_num_seqs
+        assert self._num_seats == sum(s.num_seats for s in self.running) <= self.max_num_seqs
         for seq in self.running:
-            assert seq.num_computed_tokens < seq.num_tokens <= self.max_model_len
+            assert seq.num_computed_tokens < seq.num_tokens + seq.num_pending <= seq.max_num_tokens
             assert all(t.end >= self.blocks.num_blocks_for(seq.num_computed_tokens) for t in seq.block_tables)
         self.blocks.check_integrity(self._live.values())
 
+    def _queued(self, request: Request) -> QueuedRequest:
+        return QueuedRequest(
+            arrival_s=self._clock(),
+            priority=request.priority,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            max_tokens=request.params.max_tokens,
+            cache_salt=request.cache_salt,
+        )
+
+    def _make_way(self, step: _Step) -> None:
+        """Preempts running sequences for a waiting one that goes before them and lacks a seat, a token or memory."""
+        while self.waiting and self.running and self.waiting[0].key < self.running[-1].key:
+            first = self.waiting[0]
+            has_seats = self._num_seats + first.num_seats <= self.max_num_seqs and len(self.running) < step.budget
+            prefix, claimed = self.blocks.cached_prefix(first), self.blocks.num_claimed(self.running)
+            if has_seats and self.blocks.can_admit(first, prefix, claimed):
+                num_tokens = first.num_tokens - prefix.num_blocks * self.blocks.block_size
+                step.promised = (first.key, min(num_tokens, self._max_chunk))
+                return
+            step.displaced.append(self._preempt_last())
+
     def _continue_running(self, step: _Step) -> None:
-        i = 0
-        while i < len(self.running) and step.budget > 0:
-            seq = self.running[i]
-            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, step.budget)
-            copies = self.blocks.reserve(seq, num_tokens)
-            if copies is None:
-                self._preempt_newest()
-                step.preempted = True
-            else:
-                self._schedule_chunk(step, seq, num_tokens, copies)
-                i += 1
+        running, i = self.running, 0
+        while i < len(running) and step.budget > 0:
+            seq = running[i]
+            start = seq.num_computed_tokens
+            num_tokens = len(seq.token_ids) + seq.num_pending - start
+            if num_tokens > 1:
+                num_behind = len(running) - i - 1
+                num_promised = step.promised[1] if step.promised is not None and step.promised[0] < seq.key else 0
+                num_tokens = self._chunk_of(num_tokens, step.budget - num_behind - num_promised)
+            elif seq.num_pending and (seq.num_seats > 1 or start + 1 >= seq.max_num_tokens):
+                i += 1  # it forks, or ends, before it goes on
+                continue
+            if (start >= seq.quiet_until or num_tokens > 1) and not self.blocks.reserve(seq, num_tokens):
+                self._preempt_last()
+                step.lacks_memory = True
+                continue
+            self._schedule_chunk(step, seq, num_tokens)
+            i += 1
+
+    def _chunk_of(self, num_tokens: int, budget: int) -> int:
+        return max(1, min(num_tokens, self._max_chunk, budget))
 
     def _admit_waiting(self, step: _Step) -> None:
-        seats = self.max_num_seqs - self._num_seats()
+        claimed = self.blocks.num_claimed(step.unfinished)
         while self.waiting and step.budget > 0:
             seq = self.waiting[0]
-            if _seats(seq) > seats:
+            if self._num_seats + seq.num_seats > self.max_num_seqs or seq in step.displaced:
                 return
             prefix = self.blocks.cached_prefix(seq)
-            if not self.blocks.can_admit(seq, prefix):
+            if not self.blocks.can_admit(seq, prefix, claimed):
                 return
             self.waiting.pop(0)
             self.blocks.attach(seq, prefix)
@@ -204,88 +300,131 @@ class Scheduler:
                 seq.num_cached_tokens = seq.num_computed_tokens
                 self._num_queries += seq.num_prompt_tokens
                 self._num_hits += seq.num_computed_tokens
-            num_tokens = min(seq.num_tokens - seq.num_computed_tokens, step.budget)
-            copies = self.blocks.reserve(seq, num_tokens)
-            assert copies is not None
+            num_tokens = self._chunk_of(seq.num_tokens - seq.num_computed_tokens, step.budget)
+            fits = self.blocks.reserve(seq, num_tokens)
+            assert fits
             self._enter_running(seq)
-            self._schedule_chunk(step, seq, num_tokens, copies)
-            seats -= _seats(seq)
+            self._schedule_chunk(step, seq, num_tokens)
+            if step.unfinished and step.unfinished[-1] is seq:
+                claimed = self.blocks.num_claimed(step.unfinished)
 
-    def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int, copies: list[tuple[int, int, int]]) -> None:
+    def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int) -> None:
         start = seq.num_computed_tokens
         end = start + num_tokens
-        step.budget -= num_tokens
-        step.copies += copies
+        num_known, params = len(seq.token_ids), seq.request.params
+        is_last = end == num_known + seq.num_pending
         step.chunks.append(
             ScheduledChunk(
                 seq_id=seq.seq_id,
                 token_ids=tuple(seq.token_ids[start:end]),
                 start=start,
-                block_tables=tuple((t.first, tuple(t.blocks)) for t in seq.block_tables),
-                params=seq.request.params,
-                sample_seed=seq.seed if end == seq.num_tokens else None,
+                block_tables=seq.tables_snapshot,
+                params=params,
+                sample_seed=seq.seed if is_last else None,
                 position=end,
+                source_row=seq.pending_row if end > num_known else None,
                 extras=None if seq.is_plain else _extras(seq, start, end),
             )
         )
+        step.budget -= num_tokens
+        seq.num_computed_tokens = end
+        if is_last:
+            seq.num_pending += 1
+            seq.pending_row = step.num_samples
+            step.num_samples += 1
+            if not seq.is_plain:
+                step.edits_logits |= params.edits_logits
+        else:
+            step.unfinished.append(seq)
 
-    def _preempt_newest(self) -> None:
-        seq = self.running.pop()
+    def _preempt_last(self) -> Sequence:
+        seq = self.running[-1]
+        self._leave_running(seq)
+        self._send_back(seq)
+        self._num_preemptions += 1
+        return seq
+
+    def _send_back(self, seq: Sequence) -> None:
+        """Makes a sequence that has left the running wait, without its blocks."""
         self.blocks.free(seq)
         seq.status = SequenceStatus.WAITING
-        self.waiting.insert(0, seq)
-        self._num_preemptions += 1
+        bisect.insort(self.waiting, seq, key=_key)
+
+    def _take(self, seq: Sequence, token: SampledToken) -> SequenceDelta | None:
+        """Appends what was sampled for a sequence and says what came of it; None if it has to start over."""
+        token_id = token.token_id
+        if token_id is None and token.error is None and seq.has_shared_context:
+            self._start_over(seq)
+            return None
+        if not seq.has_forked:
+            self._fork(seq)
+        if token_id is None:
+            self._num_nan += token.error is None
+            delta = self._finish(seq, FinishReason.ERROR, error=token.error or NAN_ERROR)
+            if token.error is None:
+                self.blocks.unpublish(seq)
+            return delta
+        seq.token_ids.append(token_id)
+        self._num_generated += 1
+        logprobs = () if token.logprobs is None else (token.logprobs,)
+        if token_id in seq.stop_ids:
+            is_eos = not seq.request.params.ignore_eos and token_id in seq.request.eos_token_ids
+            return self._finish(seq, FinishReason.STOP, None if is_eos else token_id, (token_id,), logprobs)
+        if token.ends_sequence:
+            return self._finish(seq, FinishReason.STOP, None, (token_id,), logprobs)
+        if len(seq.token_ids) == seq.max_num_tokens:
+            return self._finish(seq, FinishReason.LENGTH, None, (token_id,), logprobs)
+        return _delta(seq, (token_id,), logprobs)
 
     def _fork(self, parent: Sequence) -> None:
         """Starts the other sequences of a request whose prompt has just been computed.
 
-        Each recomputes the last prompt token to draw its own first token; all earlier ones are shared.
+        Each recomputes the last prompt token to draw its own first token; all earlier ones are shared, or, if the
+        parent has been preempted since, to be computed again.
         """
+        is_running = parent.status is SequenceStatus.RUNNING
         self._num_prompt += parent.num_prompt_tokens
         self._num_cached += parent.num_cached_tokens or 0
+        self._num_seats -= (parent.num_seats - 1) * is_running
+        parent.num_seats, parent.has_forked = 1, True
         for index in range(1, parent.request.params.num_sequences):
+            seq_id = parent.seq_id + index
             child = Sequence(
-                seq_id=parent.seq_id + index,
+                seq_id=seq_id,
                 request=parent.request,
                 index=index,
                 seed=(parent.seed + index * _SEED_STEP) % 2**64,
+                key=(parent.key[0], seq_id),
+                max_num_tokens=parent.max_num_tokens,
                 token_ids=list(parent.request.prompt_token_ids),
-                num_computed_tokens=parent.num_prompt_tokens - 1,
+                has_forked=True,
                 num_cached_tokens=parent.num_cached_tokens,
             )
-            self.blocks.fork(parent, child)
             self._requests[parent.request.request_id].append(child)
-            self._live[child.seq_id] = child
-            self._enter_running(child)
+            self._live[seq_id] = child
+            if is_running:
+                self.blocks.fork(parent, child, num_tokens=parent.num_prompt_tokens - 1)
+                self._enter_running(child)
+            else:
+                bisect.insort(self.waiting, child, key=_key)
+
+    def _start_over(self, seq: Sequence) -> None:
+        """Computes a sequence anew and all by itself: it gave NaN, and may have read that in another one's blocks."""
+        if seq.status is SequenceStatus.RUNNING:
+            self._leave_running(seq)
+            self._send_back(seq)
+        self.blocks.unpublish(seq)
+        seq.num_stale, seq.num_pending = seq.num_pending, 0
+        seq.has_shared_context = seq.may_hit_cache = False
 
     def _enter_running(self, seq: Sequence) -> None:
         seq.status = SequenceStatus.RUNNING
-        bisect.insort(self.running, seq, key=lambda s: s.seq_id)
+        self._num_seats += seq.num_seats
+        bisect.insort(self.running, seq, key=_key)
 
-    def _append(self, seq: Sequence, token: SampledToken) -> SequenceDelta:
-        if token.error is not None:
-            return self._finish(seq, FinishReason.ERROR, error=token.error)
-        if token.token_id is None:
-            self._num_nan += 1
-            self.blocks.unpublish(seq)
-            return self._finish(seq, FinishReason.ERROR, error=NAN_ERROR)
-        seq.token_ids.append(token.token_id)
-        self._num_generated += 1
-        params = seq.request.params
-        logprobs = () if token.logprobs is None else (token.logprobs,)
-        reason: FinishReason | None = None
-        stop_reason: int | None = None
-        if not params.ignore_eos and token.token_id in seq.request.eos_token_ids:
-            reason = FinishReason.STOP
-        elif token.token_id in params.stop_token_ids:
-            reason, stop_reason = FinishReason.STOP, token.token_id
-        elif token.ends_sequence:
-            reason = FinishReason.STOP
-        elif seq.num_output_tokens == params.max_tokens or seq.num_tokens == self.max_model_len:
-            reason = FinishReason.LENGTH
-        if reason is None:
-            return _delta(seq, (token.token_id,), logprobs)
-        return self._finish(seq, reason, stop_reason, (token.token_id,), logprobs)
+    def _leave_running(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._num_seats -= seq.num_seats
 
     def _finish(
         self,
@@ -296,8 +435,11 @@ class Scheduler:
         logprobs: tuple[TokenLogprobs, ...] = (),
         error: str | None = None,
     ) -> SequenceDelta:
-        (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
-        self.blocks.free(seq)
+        if seq.status is SequenceStatus.RUNNING:
+            self._leave_running(seq)
+        else:
+            self.waiting.remove(seq)
+        self.blocks.end(seq)
         seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
         del self._live[seq.seq_id]
         siblings = self._requests[seq.request.request_id]
@@ -306,19 +448,13 @@ class Scheduler:
             del self._requests[seq.request.request_id]
         return _delta(seq, token_ids, logprobs, error)
 
-    def _num_seats(self) -> int:
-        return sum(map(_seats, self.running))
 
-
-def _seats(seq: Sequence) -> int:
-    """Places that a sequence takes among the running: its own, and those of the siblings that it will fork."""
-    forks_later = seq.index == 0 and seq.num_output_tokens == 0
-    return seq.request.params.num_sequences if forks_later else 1
+def _key(seq: Sequence) -> tuple[float, int]:
+    return seq.key
 
 
 def _extras(seq: Sequence, start: int, end: int) -> ChunkExtras:
     request = seq.request
-    is_edited = request.params.edits_logits and end == seq.num_tokens
     prompt_row, prompt_targets = 0, request.prompt_token_ids[:0]
     if seq.prompt_logprobs is not None:
         first = max(start, len(seq.prompt_logprobs))  # after a preemption, some are there already
@@ -326,7 +462,6 @@ def _extras(seq: Sequence, start: int, end: int) -> ChunkExtras:
     return ChunkExtras(
         num_logprobs=request.num_beam_candidates or request.params.num_engine_logprobs,
         is_beam=request.num_beam_candidates > 0,
-        context=SampleContext(request=request, token_ids=tuple(seq.token_ids)) if is_edited else None,
         prompt_targets=prompt_targets,
         prompt_row=prompt_row,
     )
@@ -335,7 +470,9 @@ def _extras(seq: Sequence, start: int, end: int) -> ChunkExtras:
 def _delta(
     seq: Sequence, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], error: str | None = None
 ) -> SequenceDelta:
-    prompt_logprobs, seq.prompt_logprobs = tuple(seq.prompt_logprobs or ()), None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    if seq.prompt_logprobs is not None:
+        prompt_logprobs, seq.prompt_logprobs = tuple(seq.prompt_logprobs), None
     return SequenceDelta(
         request_id=seq.request.request_id,
         index=seq.index,

@@ -3,9 +3,10 @@
 A tool for whoever changes the scheduler or the block manager; there is no model and no torch. The simulated worker
 fills each slot with the identity of the token prefix (salt included) that it stands for, and every chunk is checked to
 read exactly its own prefix, in a group with a sliding window the part of it that its queries see. Copy-on-write, prefix
-hits within a step, blocks that leave a window, eviction, preemption and cache resets are right if, and only if, that
-holds. Models have one full group, one windowed group, or two groups. All of it is checked after each rule; a violation
-is an AssertionError. One seed gives one trace; to see a seed fail:
+hits within a step, blocks that leave a window, eviction, swapping to the host and back, preemption and cache resets are
+right if, and only if, that holds. Models have one full group, one windowed group, or two groups, with host blocks or
+without. All of it is checked after each rule; a violation is an AssertionError. One seed gives one trace; to see a seed
+fail:
 
     python -m fairlead.testing.scheduler_simulation SEED NUM_STEPS
 """
@@ -18,9 +19,10 @@ from random import Random
 from typing import Protocol
 
 from fairlead.request import MAX_N, Request, SamplingParams
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch
+from fairlead.scheduling.batch import CopyKind, SampledToken
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
-from fairlead.testing.scheduler_oracle import EOS, POISON, STOP_TOKEN, Expected, Oracle, Setup, tables_of
+from fairlead.scheduling.host_tier import SwapCosts
+from fairlead.testing.scheduler_oracle import EOS, POISON, STOP_TOKEN, Expected, Flight, Oracle, Setup, tables_of
 
 VOCAB_SIZE = 24
 MAX_REQUESTS = 8  # in flight
@@ -47,22 +49,40 @@ def random_setup(rng: Random) -> Setup:
     block_size = rng.choice((1, 2, 3, 4, 8, 16))
     max_model_len = rng.randint(2, 32)
     budget = rng.choice((1, 2, 3, 5, 8, 16, 64))
+    has_host = rng.random() < 0.6
 
     def group(is_windowed: bool) -> CacheGroup:
         """A window within a block, or of any size up to one that never ends; a pool that may be as small as can be."""
         window = rng.choice((rng.randint(1, block_size), rng.randint(1, max_model_len + 1)))
         sliding_window = window if is_windowed else None
         most = blocks_per_sequence(sliding_window, max_model_len, block_size, budget)
-        return CacheGroup(num_blocks=most + rng.choice((0, 0, 1, 2, 4, 8, 16)), sliding_window=sliding_window)
+        return CacheGroup(
+            num_blocks=most + rng.choice((0, 0, 1, 2, 4) if has_host else (0, 0, 1, 2, 4, 8, 16)),
+            sliding_window=sliding_window,
+            num_host_blocks=rng.choice((0, 1, 3, 8, 100, 100)) if has_host else 0,
+        )
 
+    groups = tuple(map(group, rng.choice(KINDS)))
     return Setup(
         block_size=block_size,
         max_model_len=max_model_len,
         budget=budget,
         max_num_seqs=rng.randint(1, 8),
-        caching=rng.random() < 0.8,
-        groups=tuple(map(group, rng.choice(KINDS))),
+        caching=rng.random() < (0.6 if has_host else 0.8),
+        groups=groups,
+        swap_costs=random_costs(rng, len(groups)) if has_host else None,
+        max_chunk=rng.choice((None, None, 1, 2, 4)),
+        aging_s=rng.choice((None, None, 0.0, 1.0, 30.0)),
+        is_async=rng.random() < 0.5,
     )
+
+
+def random_costs(rng: Random, num_groups: int) -> SwapCosts:
+    """Copies that are free, or that pay for some runs of blocks and not for others."""
+    if rng.random() < 0.7:
+        return SwapCosts(out_s=(0.0,) * num_groups, in_s=(0.0,) * num_groups, overhead_s=0.0, token_s=1.0)
+    in_s = tuple(rng.choice((0.5, 1.0, 3.0, 8.0)) for _ in range(num_groups))
+    return SwapCosts(out_s=in_s, in_s=in_s, overhead_s=rng.choice((0.0, 2.0, 8.0)), token_s=1.0)
 
 
 class Simulation(Oracle):
@@ -97,11 +117,13 @@ class Simulation(Oracle):
             ),
             eos_token_ids=(EOS,),
             cache_salt=rng.choice(("", "", "", "tenant")),
+            priority=rng.randint(-2, 2),
         )
         self.note("add", request)
+        self.now_s += rng.choice((0.0, 0.5, 5.0))
         self.scheduler.add(request, rng.getrandbits(64))
         for index in range(request.params.n):
-            self.open[self.num_added * MAX_N + index] = sequence = Expected(request, index)
+            self.open[self.num_added * MAX_N + index] = sequence = Expected(request, index, not self.setup.caching)
             for token in prompt:
                 sequence.append(token)
         self.num_added += 1
@@ -126,14 +148,18 @@ class Simulation(Oracle):
     def step_that_fails(self, rng: Random) -> None:
         """A step whose worker dies half-way."""
         if self.scheduler.has_work:
-            batch = self.scheduler.schedule()
-            for chunk in batch.chunks[rng.randint(0, len(batch.chunks)) :]:
-                for kv, (first, blocks) in zip(self.kv, chunk.block_tables, strict=True):
+            lost = [self.scheduler.schedule(), *([self.in_flight.batch] if self.in_flight else [])]
+            for copy in [c for batch in lost for c in batch.block_copies[rng.randint(0, len(batch.block_copies)) :]]:
+                kv = self.host_kv if copy.kind is CopyKind.OUT else self.kv
+                kv[copy.group][copy.destination] = [GARBAGE] * self.block_size
+            for chunk in [c for batch in lost for c in batch.chunks[rng.randint(0, len(batch.chunks)) :]]:
+                for group_kv, (first, blocks) in zip(self.kv, chunk.block_tables, strict=True):
                     for block in blocks[chunk.start // self.block_size - first :]:
-                        kv[block] = [GARBAGE] * self.block_size
+                        group_kv[block] = [GARBAGE] * self.block_size
             ended = self.scheduler.abort_all()
-            assert ended == list(dict.fromkeys(e.request.request_id for e in self.open.values()))
+            assert sorted(ended) == sorted({e.request.request_id for e in self.open.values()})
             self.open.clear()
+            self.in_flight = None
             self.seen["worker errors"] += 1
             self.note("failed", ended)
             self.check()
@@ -166,16 +192,18 @@ class Simulation(Oracle):
         self.note("reset")
         self.blocks.reset_cache()
         assert not any(self.cached_blocks())
+        assert not any(tier.blocks for tier in self.blocks.tiers)
         self.check_blocks()
 
     def drain(self, rng: Random) -> None:
         """Nothing new comes: everything ends within a known number of steps (8)."""
-        prefill = -(-self.setup.max_model_len // self.budget)
-        bound = sum(prefill + self.setup.max_model_len - len(e.tokens) for e in self.open.values())
+        # Whoever is first in line computes a token a step at least, and does so once for each time it starts over.
+        bound = 2 + 2 * sum(3 * self.setup.max_model_len for _ in self.open)
         for _ in range(bound):
             self._step(rng)
         assert not self.open
         assert not self.scheduler.has_work
+        assert self.in_flight is None
         self.seen["drains"] += 1
 
     # The simulated worker and front end
@@ -185,50 +213,69 @@ class Simulation(Oracle):
             self.trace.update(repr(what).encode())
 
     def _step(self, rng: Random, *, nan: bool = False, during: Callable[[Random], None] | None = None) -> None:
-        if not self.scheduler.has_work:
+        if not self.scheduler.has_work and self.in_flight is None:
             return
         before = {s.seq_id: tables_of(s) for s in self.scheduler.running}
         cached_before = self.cached_blocks()
         num_preemptions = self.scheduler.stats().num_preemptions
         batch = self.scheduler.schedule()
-        num_preempted = self.scheduler.stats().num_preemptions - num_preemptions
-        self.check_batch(batch, preempted=num_preempted > 0)
+        self.check_batch(batch, before)
         self.check_writes(batch, before, cached_before)
-        nan_seq_id = rng.choice(batch.chunks).seq_id if nan else None
-        sampled = self._execute(batch, nan_seq_id)
         num_evicted = [len(b.items() - a.items()) for b, a in zip(cached_before, self.cached_blocks(), strict=True)]
-        if self.setup.caching and nan_seq_id is None:
-            self.check_published(batch, [n == 0 for n in num_evicted])
-        self.note(batch, sampled)
+        if self.is_hashing:
+            self.check_published(batch, before, [n == 0 for n in num_evicted])
+        self.note(batch)
+        self.seen["steps"] += 1
+        self.seen["preemptions"] += self.scheduler.stats().num_preemptions - num_preemptions
+        self.seen["copies"] += sum(copy.kind is CopyKind.WITHIN for copy in batch.block_copies)
+        self.seen["evictions"] += sum(num_evicted)
+        started = Flight(batch=batch, sequences={c.seq_id: self.open[c.seq_id] for c in batch.chunks})
+        ending, self.in_flight = (self.in_flight, started) if self.setup.is_async else (started, None)
+        if not batch.chunks:
+            self.in_flight = None
         if during is not None:
             during(rng)
-        hashes = {s.seq_id: s.block_hashes for s in self.scheduler.running}
-        expected = self.expected_deltas(batch, sampled)
-        assert self.scheduler.update(batch, sampled) == expected  # 7: one end each, and nothing after it
-        self.check_forgotten(hashes, expected)
-        self.seen["steps"] += 1
-        self.seen["preemptions"] += num_preempted
-        self.seen["copies"] += len(batch.block_copies)
-        self.seen["evictions"] += sum(num_evicted)
+        if ending is not None:
+            self._end(ending, rng.choice(ending.batch.chunks).seq_id if nan else None)
         self.check()
 
-    def _execute(self, batch: ScheduledBatch, nan_seq_id: int | None) -> list[SampledToken]:
-        size = self.block_size
-        for group, source, destination in batch.block_copies:
-            self.kv[group][destination] = list(self.kv[group][source])
+    def _end(self, flight: Flight, nan_seq_id: int | None) -> None:
+        """The step runs, and the scheduler takes in what it sampled."""
+        sampled = self._execute(flight, nan_seq_id)
+        self.note(sampled)
+        hashes = {s.seq_id: s.block_hashes for s in [*self.scheduler.running, *self.scheduler.waiting]}
+        taking = [c.seq_id for c in flight.batch.chunks if c.seq_id in self.open and not self.open[c.seq_id].num_stale]
+        samplers = [c.seq_id for c in flight.batch.chunks if c.sample_seed is not None]
+        errors = [i for i, t in zip(samplers, sampled, strict=True) if t.token_id is None and i in taking]
+        expected = self.expected_deltas(flight.batch, sampled)
+        assert self.scheduler.update(flight.batch, sampled) == expected  # 7: one end each, and nothing after it
+        self.check_forgotten(hashes, errors)
+
+    def _execute(self, flight: Flight, nan_seq_id: int | None) -> list[SampledToken]:
+        size, batch = self.block_size, flight.batch
+        for copy in batch.block_copies:
+            sources = self.host_kv if copy.kind is CopyKind.IN else self.kv
+            destinations = self.host_kv if copy.kind is CopyKind.OUT else self.kv
+            destinations[copy.group][copy.destination] = list(sources[copy.group][copy.source])
         for group, kv in enumerate(self.kv):
             written: set[tuple[int, int]] = set()
             for chunk in batch.chunks:
                 first, blocks = chunk.block_tables[group]
-                slots = self.open[chunk.seq_id].slots
-                for i in range(chunk.start, chunk.start + len(chunk.token_ids)):
+                slots = flight.sequences[chunk.seq_id].slots
+                for i in range(chunk.start, chunk.start + chunk.num_tokens):
                     block, offset = blocks[i // size - first], i % size
-                    kv[block][offset] = POISON if chunk.seq_id == nan_seq_id else slots[i]
+                    slot = slots[i] if i < len(slots) else GARBAGE  # its token never came to be known
+                    kv[block][offset] = POISON if chunk.seq_id == nan_seq_id else slot
                     written.add((block, offset))
             assert len(written) == batch.num_tokens, "two tokens of a step in one slot"
         sampled = []
         for chunk in batch.chunks:
-            poisoned = [self.reads_poison(chunk, group) for group in range(len(self.groups))]
+            sequence = self.open.get(chunk.seq_id)
+            is_read = sequence is not None and not sequence.num_stale
+            poisoned = [
+                sequence is not None and is_read and self.reads_poison(chunk, sequence, group)
+                for group in range(len(self.groups))
+            ]
             if chunk.sample_seed is not None:
                 token = (chunk.sample_seed * 0x2545F491 + chunk.position * 0x9E3779B1 >> 17) % VOCAB_SIZE
                 sampled.append(SampledToken(token_id=None if any(poisoned) else token))

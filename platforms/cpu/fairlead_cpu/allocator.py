@@ -21,7 +21,7 @@ class HostAllocator(PooledAllocator):
         super().__init__(lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
     def _keep(self, contents: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        file = tempfile.TemporaryFile(buffering=0)
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as what fills from it)
         _transfer(file.write, contents)
 
         def fill(memory: torch.Tensor) -> None:

@@ -38,6 +38,16 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_pool_init": (None, (_I32, _P)),
     "fl_pool_num_threads": (_I32, ()),
     "fl_pool_shutdown": (None, ()),
+    # bfloat16?, variant, then x and its strides, what else is read, what is written, sizes
+    "fl_rms_norm": (None, (_I32, _I32, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, ctypes.c_float)),
+    "fl_layer_norm": (None, (_I32, _P, _I64, _P, _P, _P, _I64, _I64, ctypes.c_float)),
+    "fl_rotary": (None, (_I32, _I32, *(_P, _I64, _I64, _I64) * 2, _P, _P, _P, _I64, _I64, _P, _P)),
+    "fl_gate": (None, (_I32, _I32, _P, _I64, _P, _I64, _I64)),
+    "fl_embedding": (None, (_P, _I64, _P, _I64, _P)),
+    "fl_attention_block_bytes": (_I64, (_P,)),
+    "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
+    "fl_attention_scratch_bytes": (_I64, (_P, _P)),
+    "fl_attention": (None, (_P, _P, *(_P, _I64, _I64) * 3, _P, _P, _P)),
     "fl_probe_multiply": (_I64, (_I32, _I64)),
     "fl_probe_read": (ctypes.c_float, (_P, _I64)),
     # layer, x, its stride, rows, bias, residual, its stride, y, its stride

@@ -198,11 +198,11 @@ def test_an_aborted_search_leaves_nothing(llm: LLM) -> None:
 
 
 def test_a_failing_step_ends_searches_too(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(batch: object, bitmask: object) -> None:
+    def fail(prepared: object) -> None:
         raise OSError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm.engine._runner, "execute", fail)
+        patch.setattr(llm.engine._runner, "forward", fail)
         with pytest.raises(OSError, match="gone"):
             llm.generate([PROMPTS[1]], beams(n=2), use_tqdm=False)
     assert_idle(llm)

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,21 @@ EOS = 49
 BEYOND = 70  # a token that the vocabulary does not have
 
 
+@dataclass(frozen=True)
+class Row:
+    """A chunk that samples, and what precedes it if that changes its logits."""
+
+    chunk: ScheduledChunk
+    context: SampleContext | None
+
+
 def chunk(
     prompt: tuple[int, ...] = (1, 2),
     output: tuple[int, ...] = (),
     bad_words: tuple[tuple[int, ...], ...] = (),
     seed: int = 0,
     **params: Any,
-) -> ScheduledChunk:
+) -> Row:
     if bad_words:
         params["bad_words"] = ["words"]
     request = Request(
@@ -38,7 +47,7 @@ def chunk(
         bad_words_token_ids=bad_words,
     )
     context = SampleContext(request=request, token_ids=prompt + output) if request.params.edits_logits else None
-    return ScheduledChunk(
+    made = ScheduledChunk(
         seq_id=0,
         token_ids=(1,),
         start=0,
@@ -46,17 +55,22 @@ def chunk(
         params=request.params,
         sample_seed=seed,
         position=len(prompt + output),
-        extras=None if context is None else ChunkExtras(context=context, num_logprobs=params.get("logprobs")),
+        extras=None if context is None else ChunkExtras(num_logprobs=params.get("logprobs")),
     )
+    return Row(made, context)
 
 
-def oracle(logits_V: np.ndarray, chunk: ScheduledChunk) -> np.ndarray:
+def contexts(rows: list[Row]) -> dict[int, SampleContext]:
+    return {i: row.context for i, row in enumerate(rows) if row.context is not None}
+
+
+def oracle(logits_V: np.ndarray, made: Row) -> np.ndarray:
     """The edited row, in float32, written from the meaning of the parameters."""
     row = logits_V.astype(np.float32).copy()
-    if chunk.extras is None or chunk.extras.context is None:
+    if made.context is None:
         return row
-    params, request = chunk.params, chunk.extras.context.request
-    prompt, output = request.prompt_token_ids, chunk.extras.context.token_ids[len(request.prompt_token_ids) :]
+    params, request = made.chunk.params, made.context.request
+    prompt, output = request.prompt_token_ids, made.context.token_ids[len(request.prompt_token_ids) :]
     for i in range(len(row)):
         if params.allowed_token_ids is not None and i not in params.allowed_token_ids:
             row[i] = -np.inf
@@ -78,12 +92,12 @@ def oracle(logits_V: np.ndarray, chunk: ScheduledChunk) -> np.ndarray:
     return row
 
 
-def edited(logits: np.ndarray, chunks: list[ScheduledChunk]) -> np.ndarray:
-    edits = LogitEdits.of(chunks)
+def edited(logits: np.ndarray, rows: list[Row]) -> np.ndarray:
+    edits = LogitEdits.of(contexts(rows), len(rows))
     assert edits is not None
-    rows, errors = edits.apply(torch.from_numpy(logits).float())
+    found, errors = edits.apply(torch.from_numpy(logits).float())
     assert errors == {}
-    return rows.numpy()
+    return found.numpy()
 
 
 EDITS: dict[str, dict[str, Any]] = {
@@ -103,7 +117,7 @@ EDITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("first", EDITS)
-def test_edits_alone_and_two_by_two_are_the_oracles(first: str, count: Callable[..., int]) -> None:
+def test_n14_edits_alone_and_two_by_two_are_the_oracles(first: str, count: Callable[..., int]) -> None:
     rng = np.random.default_rng(len(first))
     for second in EDITS:
         chunks = []
@@ -119,7 +133,7 @@ def test_edits_alone_and_two_by_two_are_the_oracles(first: str, count: Callable[
             np.testing.assert_array_equal(row, oracle(expected, one))
 
 
-def random_chunks(rng: np.random.Generator, num_rows: int) -> list[ScheduledChunk]:
+def random_chunks(rng: np.random.Generator, num_rows: int) -> list[Row]:
     found = []
     for _ in range(num_rows):
         names = rng.choice(list(EDITS), size=rng.integers(0, 4), replace=False)
@@ -134,8 +148,8 @@ def random_chunks(rng: np.random.Generator, num_rows: int) -> list[ScheduledChun
     return found
 
 
-def draw(logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[SampledToken]:
-    return sample(logits, SamplingBatch.of(chunks))
+def draw(logits: torch.Tensor, rows: list[Row]) -> list[SampledToken]:
+    return sample(logits, SamplingBatch.of([row.chunk for row in rows], contexts(rows)))[0]
 
 
 def test_a_draw_does_not_depend_on_its_batch_and_changes_no_logits() -> None:
@@ -161,7 +175,7 @@ def test_a_draw_does_not_depend_on_its_batch_and_changes_no_logits() -> None:
     ],
     ids=str,
 )
-def test_support_and_frequencies_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
+def test_n14_support_and_frequencies_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
     """Edits come before temperature and the cuts."""
     num_draws = count(20_000, full=1_000_000)
     logits = np.round(np.random.default_rng(7).normal(0, 1.5, V) * 8) / 8
@@ -216,7 +230,8 @@ def test_an_absurd_repetition_penalty_makes_no_nan_and_unmasks_nothing(penalty: 
 
 
 def test_a_batch_without_edits_has_none() -> None:
-    assert LogitEdits.of([chunk(), chunk(temperature=0, logprobs=3, stop_token_ids=[4])]) is None
+    rows = [chunk(), chunk(temperature=0, logprobs=3, stop_token_ids=[4])]
+    assert LogitEdits.of(contexts(rows), len(rows)) is None
 
 
 def test_logprobs_are_those_of_the_unedited_logits() -> None:

@@ -16,7 +16,11 @@ def sequence(num_tokens: int, *, salt: str = "", first_token: int = 0) -> Sequen
     request = Request(
         request_id=str(next(ids)), prompt_token_ids=tuple(tokens), params=SamplingParams(), cache_salt=salt
     )
-    return Sequence(seq_id=next(ids), request=request, index=0, seed=0, token_ids=tokens)
+    return new_sequence(next(ids), request, tokens)
+
+
+def new_sequence(i: int, request: Request, tokens: list[int]) -> Sequence:
+    return Sequence(seq_id=i, request=request, index=0, seed=0, key=(0.0, i), max_num_tokens=1000, token_ids=tokens)
 
 
 def manager(num_blocks: int, *windows: int | None, caching: bool = True, max_chunk: int = 64) -> BlockManager:
@@ -49,23 +53,16 @@ def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) 
     if not seq.block_tables:
         seq.block_tables = [BlockTable() for _ in blocks.groups]
     num_tokens = seq.num_tokens - seq.num_computed_tokens if num_tokens is None else num_tokens
-    copies = blocks.reserve(seq, num_tokens)
-    if copies is not None:
-        seq.num_computed_tokens += num_tokens
-    return copies
+    if not blocks.reserve(seq, num_tokens):
+        return None
+    seq.num_computed_tokens += num_tokens
+    return [(c.group, c.source, c.destination) for c in blocks.take_copies()]
 
 
 def fork(blocks: BlockManager, parent: Sequence) -> Sequence:
     """A child that has its last prompt token to compute."""
-    child = Sequence(
-        seq_id=next(ids),
-        request=parent.request,
-        index=1,
-        seed=1,
-        token_ids=list(parent.token_ids),
-        num_computed_tokens=parent.num_tokens - 1,
-    )
-    blocks.fork(parent, child)
+    child = new_sequence(next(ids), parent.request, list(parent.token_ids))
+    blocks.fork(parent, child, num_tokens=parent.num_tokens - 1)
     return child
 
 
@@ -96,7 +93,7 @@ def test_a_reservation_that_does_not_fit_changes_nothing() -> None:
     assert table(other) == []
     assert blocks.pools[0].num_available == 2
     blocks.check_integrity([seq, other])
-    assert blocks.reserve(other, 2 * SIZE) == []  # the last two blocks
+    assert blocks.reserve(other, 2 * SIZE)  # the last two blocks
 
 
 @pytest.mark.parametrize(
@@ -247,10 +244,10 @@ def test_a_copy_needs_a_block() -> None:
     blocks, parent = manager(1), sequence(SIZE - 1)
     compute(blocks, parent)
     child = fork(blocks, parent)
-    assert blocks.reserve(child, 1) is None
+    assert not blocks.reserve(child, 1)
     assert table(child) == table(parent)
     blocks.free(parent)
-    assert blocks.reserve(child, 1) == []
+    assert compute(blocks, child, 1) == []
 
 
 def test_unpublished_blocks_are_not_found_and_go_free() -> None:

@@ -1,94 +1,13 @@
 """The scheduler step by step: batching, chunks, hits, forks, preemption, ends. Token 100 is sampled unless told."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from fake_worker import EOS, Engine, Outcome, starts, table
 
-from fairlead.request import EngineStats, FinishReason, Request, SamplingParams, SequenceDelta, TokenLogprobs
+from fairlead.request import EngineStats, FinishReason, Request, SamplingParams, TokenLogprobs
 from fairlead.scheduling.batch import SampledToken, ScheduledBatch
-from fairlead.scheduling.block_manager import BlockManager, CacheGroup
-from fairlead.scheduling.scheduler import NAN_ERROR, Scheduler
-
-EOS = 2
-Outcome = tuple[FinishReason | None, int | str | None]
-
-
-class Engine:
-    """A scheduler whose worker samples what it is told to."""
-
-    def __init__(
-        self,
-        *,
-        num_blocks: int = 100,
-        windows: Sequence[int | None] = (None,),
-        block_size: int = 4,
-        caching: bool = True,
-        max_num_seqs: int = 8,
-        budget: int = 64,
-        max_model_len: int = 64,
-    ) -> None:
-        groups = [CacheGroup(num_blocks=num_blocks, sliding_window=window) for window in windows]
-        self.scheduler = Scheduler(
-            BlockManager(groups, block_size, max_chunk=budget, enable_prefix_caching=caching),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
-            max_model_len=max_model_len,
-        )
-        self.tokens: dict[tuple[str, int], list[int]] = {}
-        self.ends: dict[tuple[str, int], Outcome] = {}
-        self.deltas: list[SequenceDelta] = []
-
-    def add(self, request_id: str, prompt: int | Sequence[int], *, salt: str = "", **params: Any) -> None:
-        """A prompt of that many tokens, or of those tokens."""
-        token_ids = tuple(range(10, 10 + prompt)) if isinstance(prompt, int) else tuple(prompt)
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            params=SamplingParams(**params),
-            eos_token_ids=(EOS,),
-            cache_salt=salt,
-        )
-        self.scheduler.add(request, seed=len(self.tokens))
-
-    def step(
-        self, sample: Callable[[int], int | None] = lambda i: 100, during: Callable[[], None] | None = None
-    ) -> ScheduledBatch:
-        """One step; `sample` gets the place of a sequence among those that sample."""
-        batch = self.scheduler.schedule()
-        if during is not None:
-            during()
-        num_samples = sum(c.sample_seed is not None for c in batch.chunks)
-        self.deltas = self.scheduler.update(batch, [SampledToken(token_id=sample(i)) for i in range(num_samples)])
-        for delta in self.deltas:
-            self.tokens.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
-            if delta.finish_reason is not None:
-                self.ends[delta.request_id, delta.index] = (delta.finish_reason, delta.stop_reason)
-        self.scheduler.check_integrity()
-        return batch
-
-    def run(self, max_steps: int = 1000) -> None:
-        for _ in range(max_steps):
-            if not self.scheduler.has_work:
-                assert self.stats.kv_cache_usage == 0
-                return
-            self.step()
-        raise AssertionError(f"still at work after {max_steps} steps")
-
-    @property
-    def stats(self) -> EngineStats:
-        return self.scheduler.stats()
-
-
-def starts(batch: ScheduledBatch) -> list[tuple[int, int]]:
-    """(start, number of tokens) of each chunk."""
-    return [(c.start, len(c.token_ids)) for c in batch.chunks]
-
-
-def table(batch: ScheduledBatch, chunk: int) -> tuple[int, ...]:
-    """The blocks of a chunk in its only group."""
-    ((_, blocks),) = batch.chunks[chunk].block_tables
-    return blocks
+from fairlead.scheduling.scheduler import NAN_ERROR
 
 
 def test_an_idle_scheduler_has_an_empty_step() -> None:
@@ -450,7 +369,7 @@ def test_gauges_follow_the_queues() -> None:
 def test_the_pool_must_hold_the_longest_sequence() -> None:
     engine = Engine(num_blocks=1, max_model_len=16)
     engine.add("a", 8)
-    with pytest.raises(AssertionError, match="no sequence could be scheduled"):
+    with pytest.raises(AssertionError, match="nothing can be scheduled"):
         engine.step()
 
 
@@ -492,3 +411,29 @@ def test_preemption_is_by_the_group_that_is_full() -> None:
     assert engine.stats.num_preemptions == 1
     assert list(engine.ends) == [("a", 0), ("b", 0)]
     assert all(tokens == [100] * 15 for tokens in engine.tokens.values())
+
+
+def test_a_sequence_that_read_the_blocks_of_one_that_gave_nan_starts_over_alone() -> None:
+    engine = Engine()
+    engine.add("bad", 9)
+    engine.add("good", 9, max_tokens=2)
+    batch = engine.step(lambda i: None)
+    assert starts(batch) == [(0, 9), (8, 1)]
+    assert engine.ends == {("bad", 0): (FinishReason.ERROR, None)}
+    assert starts(engine.step()) == [(0, 9)]
+    engine.run()
+    assert engine.tokens["good", 0] == [100, 100]
+    assert engine.stats.num_nan_sequences == 1
+
+
+def test_a_sequence_that_gives_nan_on_its_own_blocks_too_fails() -> None:
+    engine = Engine()
+    engine.add("good", 9, max_tokens=5)
+    engine.step()
+    engine.add("bad", 9)
+    engine.step(lambda i: 100 if i == 0 else None)
+    assert not engine.ends
+    engine.step(lambda i: 100 if i == 0 else None)
+    assert engine.ends == {("bad", 0): (FinishReason.ERROR, None)}
+    engine.run()
+    assert engine.tokens["good", 0] == [100] * 5

@@ -6,9 +6,10 @@ Shapes: R rows of a step that have a grammar, W words of 32 bits that hold the v
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from fairlead.errors import RequestError
@@ -116,14 +117,14 @@ class StructuredOutputs:
         return rejected
 
     def begin(self, batch: ScheduledBatch) -> PendingBitmask | None:
-        """Starts to fill the mask of a step; None if none of its rows has a grammar."""
+        """Starts to fill the mask of a step, the one before it being over; None if none of its rows has a grammar."""
         if not self._grammars:
             return None
         samplers = [chunk for chunk in batch.chunks if chunk.sample_seed is not None]
         places = [
-            (row, self._place(chunk.seq_id))
+            (row, place)
             for row, chunk in enumerate(samplers)
-            if chunk.params.structured_outputs is not None
+            if chunk.params.structured_outputs is not None and (place := self._place(chunk.seq_id)) is not None
         ]
         if not places:
             return None
@@ -170,11 +171,13 @@ class StructuredOutputs:
         if self._filler is not None:
             self._filler.shutdown()
 
-    def _place(self, seq_id: int) -> _Place:
+    def _place(self, seq_id: int) -> _Place | None:
+        """None if the sequence has ended since the step was scheduled, or starts over."""
+        sequence = self._sequences.find_sequence(seq_id)
+        if sequence is None or sequence.num_stale:
+            return None
         place = self._places.get(seq_id)
         if place is None:
-            sequence = self._sequences.find_sequence(seq_id)
-            assert sequence is not None
             request = sequence.request
             place = _Place(seq_id=seq_id, request=request, matcher=self._grammars[request.request_id].start())
             self._places[seq_id] = place
@@ -210,6 +213,6 @@ def _advanced(place: _Place, token: SampledToken) -> SampledToken:
     try:
         if not place.matcher.accept(token.token_id):
             return SampledToken(token_id=None, error=REFUSED)
-        return replace(token, ends_sequence=True) if place.matcher.is_finished else token
+        return msgspec.structs.replace(token, ends_sequence=True) if place.matcher.is_finished else token
     except Exception as error:  # whatever a library raises ends one sequence, not the engine
         return SampledToken(token_id=None, error=f"the grammar cannot go on: {error!s:.300}")

@@ -5,12 +5,11 @@ operation on it comes here and is computed there. As on a real device, host tens
 numbers and indices.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_map
 
 _HOST_FRIENDLY = ("copy_", "_copy_from", "index", "index_put_", "index_put", "set_")  # may take host tensors
 
@@ -22,9 +21,10 @@ class ToyTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "ToyTensor":
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=torch.device("toy", 0)
-        )
+        with torch.inference_mode(False):  # views of tensors from outside inference mode must not be inference tensors
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=torch.device("toy", 0)
+            )
         made._held = held
         return made
 
@@ -33,16 +33,14 @@ class ToyTensor(torch.Tensor):
         return self._held.tolist()
 
     @classmethod
-    def __torch_dispatch__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Computes on what the tensors hold; results stay on the device, unless they are wanted elsewhere."""
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | dict(kwargs or {})
         _refuse_host_tensors(func, given)
         target = given.get("device")
         if isinstance(given.get("other"), torch.Tensor) and "aten::to.other" in str(func._schema):
             target = given["other"].device
-        held = tree_map(_unwrap, given)
+        held = {name: _map(_unwrap, value) for name, value in given.items()}
         if target is not None:
             held["device"] = "cpu"
         positional = [held.pop(a.name) for a in func._schema.arguments if not a.kwarg_only and a.name in held]
@@ -53,7 +51,19 @@ class ToyTensor(torch.Tensor):
             return found[0] if len(found) == 1 else found
         if target is not None and torch.device(target).type != "toy":
             return result
-        return tree_map(_wrap, result)
+        return _map(_wrap, result)
+
+
+def held_by(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor of the toy holds; any other tensor itself."""
+    return tensor._held if isinstance(tensor, ToyTensor) else tensor
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Changes a value, or each one of a list or tuple: more there is not in the arguments of an operation."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([change(v) for v in value])
+    return change(value)
 
 
 def _unwrap(value: Any) -> Any:
@@ -82,12 +92,12 @@ def _empty_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> ToyTe
 
 
 def _arange(start: Any, end: Any = None, step: Any = 1, dtype: Any = None, **_: Any) -> ToyTensor:
-    bounds = (0, start) if end is None else (start, end)
-    return ToyTensor(torch.arange(*bounds, step, dtype=dtype))
+    first, last = (0, start) if end is None else (start, end)
+    return ToyTensor(torch.arange(first, last, step, dtype=dtype))
 
 
 def _copy_from(source: torch.Tensor, destination: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    _unwrap(destination).copy_(_unwrap(source))
+    held_by(destination).copy_(held_by(source))
     return destination
 
 
@@ -103,8 +113,9 @@ def register() -> torch.device:
             ("arange.start_step", _arange),
             ("_copy_from", _copy_from),
         ):
-            _LIBRARY.impl(name, kernel, "PrivateUse1")
+            _LIBRARY.impl(name, kernel, "PrivateUse1")  # type: ignore[no-untyped-call]
     return torch.device("toy", 0)
 
 
-_LIBRARY = torch.library.Library("aten", "IMPL")  # its kernels live as long as it does
+# Its kernels live as long as it does.
+_LIBRARY = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
