@@ -162,7 +162,8 @@ inline void finish_panel(const Call& call, int64_t row, int64_t packed, int64_t 
   const FlLinear& layer = *call.layer;
   const int64_t left = layer.out - column;
   Y* y = static_cast<Y*>(call.y) + row * call.y_stride + column;
-  const Y* residual = call.residual ? static_cast<const Y*>(call.residual) + row * call.residual_stride + column : nullptr;
+  const Y* residual = static_cast<const Y*>(call.residual);
+  if (residual) residual += row * call.residual_stride + column;
   const Y* bias = call.bias ? static_cast<const Y*>(call.bias) + column : nullptr;
   auto part = [&](int i, auto load, auto store) {
     Vf v = scaled(packed + i);

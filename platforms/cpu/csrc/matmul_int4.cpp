@@ -144,14 +144,6 @@ inline void tile_int4(const Int4Layer& layer, const typename Element::X* x, int6
   }
 }
 
-template <class Element, int kTileRows, class... Args>
-inline void tile_int4_of(int64_t rows, const Args&... args) {
-  if constexpr (kTileRows > 1) {
-    if (rows < kTileRows) return tile_int4_of<Element, kTileRows - 1>(rows, args...);
-  }
-  tile_int4<Element, kTileRows>(args...);
-}
-
 template <class Element>
 struct TileInt4 {
   using X = typename Element::X;
@@ -164,7 +156,10 @@ struct TileInt4 {
   void begin(int64_t, int64_t, int64_t) const {}
   void add(Rows<X> x, int64_t count, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) const {
     for (int panel = 0; panel < 2; panel += kPanelsAtOnce)
-      tile_int4_of<Element, kRows>(count, int4, x.data, x.stride, 2 * group + panel, k0, k1, c + panel * kPanel, ldc);
+      each_tile<kRows>(0, count, [&](int64_t row, auto size) {
+        tile_int4<Element, size()>(int4, x.data + row * x.stride, x.stride, 2 * group + panel, k0, k1,
+                                   c + row * ldc + panel * kPanel, ldc);
+      });
   }
 };
 
@@ -217,8 +212,8 @@ struct AmxInt4 {
         }
       } else {
         for (int64_t k = block; k < end; k += kQuantGroup) {
-          tiles.add<amx::Bf16>(x.data + k, x.stride, rows, unpacked + (k - block) * kPanel, kPanelSize, kQuantGroup, sums,
-                               kGroup, true);
+          tiles.add<amx::Bf16>(x.data + k, x.stride, rows, unpacked + (k - block) * kPanel, kPanelSize, kQuantGroup,
+                               sums, kGroup, true);
           scale_and_add(sums, rows, group, k, c, ldc);
         }
       }

@@ -65,7 +65,8 @@ void pack_panel(const PanelRows<S>& rows, int64_t k, T* to) {
 // Bytes of the packed weight, and of its scales.
 FL_API int64_t fl_packed_bytes(int32_t scheme, int32_t pair, int64_t out, int64_t k) {
   const int64_t elements = num_panels(out, pair != 0) * kPanel * round_up(k, kPadK);
-  return scheme == kFloat32 ? elements * 4 : scheme == kBfloat16 ? elements * 2 : scheme == kInt8 ? elements : elements / 2;
+  const int64_t half_bytes[] = {8, 4, 2, 1};  // of an element, by scheme
+  return elements * half_bytes[scheme] / 2;
 }
 
 FL_API int64_t fl_packed_columns(int32_t pair, int64_t out) { return num_panels(out, pair != 0) * kPanel; }
