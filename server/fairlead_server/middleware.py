@@ -7,7 +7,7 @@ import uuid
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fairlead_server.errors import as_api_error, envelope, unavailable
+from fairlead_server.errors import ApiError, as_api_error, envelope, unavailable
 from fairlead_server.service import Service
 
 MAX_BODY_BYTES = 32 * 2**20
@@ -17,6 +17,8 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 PROBES = frozenset(
     {b"/health", b"/health/live", b"/health/ready", b"/health/startup", b"/ping", b"/version", b"/metrics", b"/load"}
 )
+
+GENERATING = frozenset({b"/v1/completions", b"/v1/chat/completions"})
 
 
 class RequestIds:
@@ -64,7 +66,10 @@ class Failures:
 
 
 class Admission:
-    """Counts the requests in flight, but for probes, and refuses further ones while the server drains."""
+    """Counts the requests in flight, but for probes, and refuses further ones while the server drains.
+
+    A full queue is told here, too, before anything is read or parsed: under overload that is what most requests cost.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -78,6 +83,12 @@ class Admission:
             service.num_refused["draining"] += 1
             await envelope(unavailable("The server is about to stop and takes no new requests."))(scope, receive, send)
             return
+        if raw_path(scope) in GENERATING:
+            try:
+                service.check_room()
+            except ApiError as error:
+                await envelope(error)(scope, receive, send)
+                return
         service.num_active += 1
         try:
             await self._app(scope, receive, send)

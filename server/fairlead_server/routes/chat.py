@@ -107,7 +107,6 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatBody, http: Request) -> Response:
         service.model_name(body.model)
         body.check()
-        service.check_room()
         params = body.sampling_params(service.engine.default_sampling_params)
         prompt = await service.engine.encode_chat(
             [message.for_template() for message in body.messages], body.chat_options()

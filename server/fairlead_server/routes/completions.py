@@ -114,7 +114,6 @@ def router(service: Service) -> APIRouter:
     async def complete(body: CompletionBody, http: Request) -> Response:
         service.model_name(body.model)
         body.check()
-        service.check_room()
         params = body.sampling_params(service.engine.default_sampling_params)
         requests, echoes = [], []
         for prompt in body.prompts():
