@@ -29,10 +29,20 @@ using simd::Vf;
 constexpr int kPanel = 16;
 constexpr int kGroup = 32;
 constexpr int kPadK = 64;
+constexpr int kQuantGroup = 32;  // int4: inputs that share a scale
 
 enum Scheme : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 enum Dtype : int32_t { kF32 = 0, kBf16 = 1 };
-enum Activation : int32_t { kNone = 0, kSiluMul = 1, kGeluTanhMul = 2, kGeluMul = 3, kGeluTanh = 4, kGelu = 5, kRelu = 6, kSilu = 7 };
+enum Activation : int32_t {
+  kNone = 0,
+  kSiluMul = 1,  // the three that multiply by the up projection come first
+  kGeluTanhMul = 2,
+  kGeluMul = 3,
+  kGeluTanh = 4,
+  kGelu = 5,
+  kRelu = 6,
+  kSilu = 7,
+};
 
 inline bool gated(int32_t activation) { return activation >= kSiluMul && activation <= kGeluMul; }
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
@@ -46,8 +56,6 @@ struct FlLinear {
   int32_t x_dtype;     // matmul::Dtype of x
   int32_t y_dtype;     // of y and of the residual
   int32_t activation;  // matmul::Activation, after the bias and before the residual
-  int32_t quant_group; // int4: inputs that share a scale, 32 or 64
-  int32_t reserved;
   int64_t k;
   int64_t out;          // columns of y; with a gated activation W has twice as many rows
   const void* weight;   // packed
@@ -154,7 +162,8 @@ inline void finish_panel(const Call& call, int64_t row, int64_t packed, int64_t 
   const FlLinear& layer = *call.layer;
   const int64_t left = layer.out - column;
   Y* y = static_cast<Y*>(call.y) + row * call.y_stride + column;
-  const Y* residual = call.residual ? static_cast<const Y*>(call.residual) + row * call.residual_stride + column : nullptr;
+  const Y* residual = static_cast<const Y*>(call.residual);
+  if (residual) residual += row * call.residual_stride + column;
   const Y* bias = call.bias ? static_cast<const Y*>(call.bias) + column : nullptr;
   auto part = [&](int i, auto load, auto store) {
     Vf v = scaled(packed + i);

@@ -19,7 +19,8 @@ struct FloatSums {
 template <class Base>
 struct FloatKernel : Base {
   using Base::Base;
-  static void finish(const Call& call, Rows<typename Base::X>, int64_t row, int64_t count, int64_t group, const float* c) {
+  using X = typename Base::X;
+  static void finish(const Call& call, Rows<X>, int64_t row, int64_t count, int64_t group, const float* c) {
     finish_group(call, row, count, group, [&](int64_t i, int64_t at) {
       return simd::load(c + i * kGroup + (at - group * kGroup));
     });

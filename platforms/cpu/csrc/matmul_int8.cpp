@@ -8,8 +8,8 @@
 namespace matmul {
 namespace {
 
-// A prepared row: k bytes, then, in the line that parts rows, its scale. Where the instruction wants unsigned inputs, 128 is added to them, and
-// 128 times the sum of the column's weights is taken off again in the epilogue.
+// A prepared row: k bytes, then, in the line that parts rows, its scale. Where the instruction wants unsigned inputs,
+// 128 is added to them, and 128 times the sum of the column's weights is taken off again in the epilogue.
 #if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
 constexpr int kOffset = 128;
 #else

@@ -69,9 +69,11 @@ int64_t dot_loop(int64_t n, bool is_int8) {
     asm volatile("" : "+v"(x), "+v"(y));
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; i++)
-      sum[i] = is_int8 ? _mm512_dpbusd_epi32(sum[i], x, y)
-                       : _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum[i]), reinterpret_cast<__m512bh>(x),
-                                                              reinterpret_cast<__m512bh>(y)));
+      if (is_int8)
+        sum[i] = _mm512_dpbusd_epi32(sum[i], x, y);
+      else
+        sum[i] = _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum[i]), reinterpret_cast<__m512bh>(x),
+                                                      reinterpret_cast<__m512bh>(y)));
   }
   volatile int keep = 0;
   for (int i = 0; i < kChains; i++) keep = keep + _mm512_reduce_add_epi32(sum[i]);

@@ -59,7 +59,7 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     # (scheme,) pair, source, its dtype and stride, out, k, then what is written
     "fl_pack_float": (None, (_I32, _I32, _P, _I32, _I64, _I64, _I64, _P)),
     "fl_pack_int8": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P, _P)),
-    "fl_pack_int4": (None, (_I32, _P, _I32, _I64, _I64, _I64, _I32, _P, _P)),
+    "fl_pack_int4": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P)),
 }
 
 
@@ -71,8 +71,6 @@ class LinearLayer(ctypes.Structure):
         ("x_dtype", _I32),
         ("y_dtype", _I32),
         ("activation", _I32),
-        ("quant_group", _I32),
-        ("reserved", _I32),
         ("k", _I64),
         ("out", _I64),
         ("weight", _P),
