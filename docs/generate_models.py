@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -18,7 +17,6 @@ from fairlead.errors import ModelError
 from fairlead.layers.context import BuildContext
 from fairlead.models.config import ModelShape
 from fairlead.models.registry import ARCHITECTURES, build_model, read_config
-from fairlead.ops.table import choose_ops
 from fairlead.testing.greedy_equality import compare_greedy, prompts_for, transformers_reference
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 
@@ -84,12 +82,7 @@ def try_type(model_type: str, architecture: str) -> Row:
 
 def _by_default_config(model_type: str, architecture: str, fault: str) -> tuple[str, str]:
     """Builds the model of the type's default config, without memory: that is enough to be refused."""
-    context = BuildContext(
-        ops=choose_ops("none", {}, dtype="float32")[0],
-        dtype=torch.float32,
-        device=torch.device("meta"),
-        max_model_len=64,
-    )
+    context = BuildContext.reference(device="meta", max_model_len=64)
     try:
         config = json.loads(transformers.CONFIG_MAPPING[model_type]().to_json_string(use_diff=False))
         read = read_config(architecture, config)

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from fairlead.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8", "int4")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -45,7 +46,9 @@ class ModelConfig:
     revision: str | None = setting(None, "Branch, tag or commit of a Hugging Face id.")
     download_dir: str | None = setting(None, "Where downloads are cached, if not the Hugging Face cache.")
     dtype: str = setting("auto", f"Data type of weights and activations: {', '.join(DTYPES)}.")
-    quantization: str | None = setting(None, "Quantisation scheme of the weights; none is available yet.")
+    quantization: str | None = setting(
+        None, f"Rounds linear weights while they are loaded: {', '.join(QUANTIZATIONS)}; none if not given."
+    )
     load_format: str = setting("auto", "'safetensors', 'dummy' (random weights, for benchmarks) or 'auto'.")
     max_model_len: int | None = setting(None, "Longest sequence in tokens; the model's own limit if not given.")
     seed: int = setting(0, "Seed of requests that bring none.")
@@ -70,7 +73,7 @@ class ModelConfig:
         _one_of(self, "structured_outputs_backend", ("auto", "llguidance", "xgrammar"))
         _at_least(self, "max_model_len", 2, optional=True)
         if self.quantization is not None:
-            raise ConfigError(f"quantization {self.quantization!r} is not available yet; leave it out")
+            _one_of(self, "quantization", QUANTIZATIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +106,9 @@ class CacheConfig:
 class SchedulerConfig:
     """What one step may hold."""
 
-    max_num_seqs: int = setting(256, "Sequences that run at the same time, at most.")
+    max_num_seqs: int = setting(
+        256, "Sequences that run at the same time, at most; the platform may have a lower limit."
+    )
     max_num_batched_tokens: int | None = setting(
         None, "Tokens of one step, at most; longer prompts are computed in chunks. The platform's choice if not given."
     )

@@ -17,6 +17,7 @@ import pluggy
 import fairlead
 from fairlead import hookspecs
 from fairlead.config import PlatformConfig
+from fairlead.contract import check_platform
 from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError, RequestError
 from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, PlatformSpec, SchedulingPolicy
 
@@ -346,7 +347,8 @@ def environment(config: PlatformConfig) -> Mapping[str, str]:
 def create(record: PlatformRecord, device: Device) -> Platform:
     """Creates the platform.
 
-    Raises PluginContractError if what comes back is no Platform, PluginError naming the plugin if it raises.
+    Raises PluginContractError if what comes back is no Platform as it should be, PluginError naming the plugin if it
+    raises.
     """
     assert record.spec is not None
     try:
@@ -357,30 +359,8 @@ def create(record: PlatformRecord, device: Device) -> Platform:
         raise PluginError(
             f"platform {record.name!r} ({_owner(record)}) failed to create device {device.name!r}: {_one_line(error)}"
         ) from error
-    missing = [a for a in _PLATFORM_MEMBERS if getattr(platform, a, None) is None]
-    if missing:
-        raise PluginContractError(
-            plugin=record.name,
-            hook="create",
-            expected="a Platform",
-            got=f"{type(platform).__name__} without {', '.join(missing)}",
-        )
+    check_platform(platform, record.name, device)
     return platform
-
-
-_PLATFORM_MEMBERS = (
-    "name",
-    "device",
-    "torch_device",
-    "capabilities",
-    "defaults",
-    "allocator",
-    "attention_backends",
-    "attention",
-    "ops",
-    "memory_info",
-    "synchronize",
-)
 
 
 def _one_line(error: BaseException) -> str:

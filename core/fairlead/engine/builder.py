@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from fairlead.config import EngineConfig
+from fairlead.engine.first_step import check_first_step, warm_up
 from fairlead.engine.model_runner import ModelRunner
 from fairlead.engine.planner import EnginePlan, plan_engine
 from fairlead.models import loader
@@ -19,7 +20,8 @@ class BuiltEngine:
 def build(config: EngineConfig) -> BuiltEngine:
     """Loads the model of a config onto its platform.
 
-    Raises what `plan_engine` raises, and ModelError where a file turns out broken; each says what to do.
+    Raises what `plan_engine` raises, ModelError where a file turns out broken, and PluginContractError where the first
+    step shows that the platform breaks its contract; each says what to do.
     """
     found = plan_engine(config)
     model = found.build_model()
@@ -33,6 +35,10 @@ def build(config: EngineConfig) -> BuiltEngine:
         block_size=found.settings.block_size,
         device=found.platform.torch_device,
         apply_token_bitmask=found.context.ops.apply_token_bitmask,
+        graph_runner=found.graph_runner,
     )
+    runner.allocate_cache([1] * len(found.backends))
+    check_first_step(runner, plugin=found.platform.name, vocab_size=found.shape.vocab_size)
     runner.allocate_cache([group.num_blocks for group in found.cache_groups])
+    warm_up(runner)
     return BuiltEngine(plan=found, runner=runner)

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 
 from fairlead.engine.batch_builder import ModelInput, build_input
-from fairlead.interface import AttentionBackend, KVCache
+from fairlead.engine.padded_model import PaddedModel
+from fairlead.interface import AttentionBackend, GraphRunner, KVCache
 from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
 from fairlead.request import TokenLogprobs
@@ -32,7 +33,8 @@ class PreparedStep:
 class ModelRunner:
     """Shared by all platforms, and made of the parts that they supply; a plugin never subclasses it.
 
-    `backends` has one attention backend per cache group.
+    `backends` has one attention backend per cache group. Where the graph runner has buckets, the cache has a block
+    more per group than the scheduler knows of: `padding_blocks`, in which padding lives.
     """
 
     def __init__(
@@ -43,22 +45,29 @@ class ModelRunner:
         block_size: int,
         device: torch.device,
         apply_token_bitmask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        graph_runner: GraphRunner,
     ) -> None:
         self.model = cast(CausalLM, model)
+        self.padded = PaddedModel(self.model, graph_runner)
         self.backends = tuple(backends)
         self.kv_caches: list[list[KVCache]] = []
-        self._block_size, self._device = block_size, device
+        self.padding_blocks: tuple[int, ...] = ()
+        self.block_size, self.device = block_size, device
         self._apply_token_bitmask = apply_token_bitmask
         self._sampled_R: torch.Tensor | None = None  # by the latest step, on the device
 
     def allocate_cache(self, num_blocks: Seq[int]) -> None:
-        """Allocates the KV cache, so many blocks per group; freed with the runner."""
-        self.kv_caches = [b.allocate(n) for b, n in zip(self.backends, num_blocks, strict=True)]
+        """Allocates the KV cache, so many blocks per group, and the padding's; freed with the runner."""
+        num_more = 1 if self.padded.buckets else 0
+        self.padding_blocks = tuple(n - 1 + num_more for n in num_blocks)
+        self.kv_caches = [b.allocate(n + num_more) for b, n in zip(self.backends, num_blocks, strict=True)]
 
     @torch.inference_mode()
     def prepare(self, batch: ScheduledBatch) -> PreparedStep:
         """Makes what a step needs on the device. May be called while the step before runs."""
-        inputs = build_input(batch, self._block_size, self._device)
+        most = max(c.num_tokens for c in batch.chunks)
+        padding = self.padded.padding(batch.num_tokens, most, self.padding_blocks)
+        inputs = build_input(batch, self.block_size, self.device, padding)
         parts = zip(self.backends, self.kv_caches, inputs.attention, strict=True)
         step = Step(groups=tuple(StepGroup(backend=b, kv_caches=c, plan=b.plan(m)) for b, c, m in parts))
         return PreparedStep(batch=batch, inputs=inputs, step=step)
@@ -72,7 +81,7 @@ class ModelRunner:
             inputs.token_ids_T[inputs.pending_rows_P] = self._sampled_R[inputs.pending_sources_P]
         for group, source, destination in prepared.batch.block_copies:
             self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
-        return self.model(inputs.token_ids_T, inputs.positions_T, prepared.step)
+        return self.padded.hidden(inputs.token_ids_T, inputs.positions_T, prepared.step)
 
     @torch.inference_mode()
     def sample(
@@ -90,7 +99,7 @@ class ModelRunner:
         samplers = [c for c in batch.chunks if c.sample_seed is not None]
         sampled: list[SampledToken] = []
         if samplers:
-            logits_RV = self.model.logits(hidden_TE[prepared.inputs.sample_rows_R])
+            logits_RV = self.padded.logits(hidden_TE[prepared.inputs.sample_rows_R])
             allowed_RV = None if bitmask is None else self._masked(logits_RV, bitmask.wait())
             sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV)
         return StepResult(sampled=sampled, prompt_logprobs=self._prompt_logprobs(batch, hidden_TE))
@@ -106,17 +115,17 @@ class ModelRunner:
                 targets_N = torch.tensor(extras.prompt_targets, device=hidden_TE.device)
                 hidden_NE = hidden_TE[first_row + extras.prompt_row :][: len(targets_N)]
                 for i in range(0, len(targets_N), _MAX_ROWS):
-                    logprobs_RV = self.model.logits(hidden_NE[i : i + _MAX_ROWS]).log_softmax(-1)
+                    logprobs_RV = self.padded.logits(hidden_NE[i : i + _MAX_ROWS]).log_softmax(-1)
                     targets_R = targets_N[i : i + _MAX_ROWS]
                     rows += token_logprobs(logprobs_RV, targets_R, [wanted] * len(targets_R))
             first_row += chunk.num_tokens
         return found
 
     def _masked(self, logits_RV: torch.Tensor, bitmask: TokenBitmask) -> torch.Tensor:
-        words = torch.from_numpy(bitmask.words_RW).to(self._device)
+        words = torch.from_numpy(bitmask.words_RW).to(self.device)
         if len(bitmask.rows_R) == len(logits_RV):
             return self._apply_token_bitmask(logits_RV, words)
-        rows = torch.from_numpy(bitmask.rows_R).to(self._device)
+        rows = torch.from_numpy(bitmask.rows_R).to(self.device)
         masked_RV = logits_RV.clone()
         masked_RV[rows] = self._apply_token_bitmask(logits_RV[rows], words)
         return masked_RV

@@ -6,6 +6,7 @@ Platforms return data (Capabilities, Defaults); this module applies it. No confi
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,13 +14,21 @@ import torch
 from fairlead import plugins
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import CacheConfig, EngineConfig
+from fairlead.contract import memory_info
+from fairlead.engine.negotiation import head_size_reasons, make_backends, refusal, step_reasons
 from fairlead.errors import ConfigError, KVCacheMemoryError
-from fairlead.interface import AttentionBackend, AttentionShape, AttentionSpec, Capabilities, Platform
+from fairlead.interface import (
+    UNQUANTIZED,
+    AttentionBackend,
+    AttentionSpec,
+    GraphRunner,
+    Platform,
+)
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext
-from fairlead.models import registry
+from fairlead.models import loader, registry
 from fairlead.models.config import ModelShape
-from fairlead.ops.table import choose_ops
+from fairlead.ops.table import choose_providers
 from fairlead.request import EngineInfo
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
 
@@ -49,6 +58,7 @@ class EnginePlan:
     settings: Negotiated
     context: BuildContext
     op_providers: dict[str, str]
+    graph_runner: GraphRunner
     backends: tuple[AttentionBackend, ...]
     cache_groups: tuple[CacheGroup, ...]
     info: EngineInfo
@@ -71,24 +81,30 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     record, device = plugins.choose(config.platform)
     platform = plugins.create(record, device)
     settings, reasons = negotiate(config, checkpoint, shape, platform)
-    ops, op_providers = choose_ops(
-        platform.name, platform.ops(), dtype=settings.dtype, overrides=config.platform.op_providers
-    )
-    # A model of one position tells its weights and layers, before anything as long as the context is made.
-    context = BuildContext(ops=ops, dtype=getattr(torch, settings.dtype), device=platform.torch_device, max_model_len=1)
-    model = registry.build_model(checkpoint.architecture, model_config, shape, context)
-    weights_bytes = sum(p.nbytes for p in model.parameters())
+    graph_runner = platform.graph_runner()
+    reasons += step_reasons(platform, graph_runner, max_num_batched_tokens=settings.max_num_batched_tokens)
+    try:
+        context, op_providers = _context(config, platform, settings)
+        # A model of one position tells its weights and layers, before anything as long as the context is made.
+        model = registry.build_model(checkpoint.architecture, model_config, shape, context)
+    except ConfigError as error:
+        raise refusal(platform, [*reasons, str(error)]) from error
+    weights_bytes = loader.weights_bytes(model)
+    chosen = context.linear.chosen
+    if chosen:
+        op_providers["linear"] = ", ".join(dict.fromkeys(chain.from_iterable(chosen.values())))
     groups = number_layers(model)
-    reasons += _head_size_reasons(groups, platform.capabilities)
-    if reasons:
-        raise ConfigError(f"platform {platform.name!r} cannot run this model so: {'; '.join(reasons)}")
-    backends = tuple(
-        platform.attention(
-            settings.attention_backend,
-            AttentionShape(spec=spec, num_layers=n, block_size=settings.block_size, dtype=settings.dtype),
+    reasons += head_size_reasons(platform, groups)
+    if config.model.quantization is not None and config.model.quantization not in chosen:
+        reasons.append(f"quantization {config.model.quantization} (no layer of {checkpoint.architecture} can take it)")
+    backends: tuple[AttentionBackend, ...] = ()
+    if settings.attention_backend in platform.attention_backends():
+        backends, refused = make_backends(
+            platform, settings.attention_backend, groups, block_size=settings.block_size, dtype=settings.dtype
         )
-        for spec, n in groups.items()
-    )
+        reasons += refused
+    if reasons:
+        raise refusal(platform, reasons)
     windows = [spec.sliding_window for spec in groups]
     block_bytes = [backend.block_bytes() for backend in backends]
     num_blocks = size_cache(config.cache, settings, platform, windows, block_bytes, weights_bytes)
@@ -100,6 +116,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         settings=settings,
         context=replace(context, max_model_len=settings.max_model_len),
         op_providers=op_providers,
+        graph_runner=graph_runner,
         backends=backends,
         cache_groups=tuple(
             CacheGroup(num_blocks=n, sliding_window=window) for n, window in zip(num_blocks, windows, strict=True)
@@ -119,6 +136,20 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
             kv_cache_bytes=sum(n * size for n, size in zip(num_blocks, block_bytes, strict=True)),
         ),
     )
+
+
+def _context(config: EngineConfig, platform: Platform, settings: Negotiated) -> tuple[BuildContext, dict[str, str]]:
+    """What a model of one position is built with, and the chosen op providers."""
+    ops, linear, names = choose_providers(platform, dtype=settings.dtype, overrides=config.platform.op_providers)
+    context = BuildContext(
+        ops=ops,
+        linear=linear,
+        dtype=getattr(torch, settings.dtype),
+        device=platform.torch_device,
+        max_model_len=1,
+        quantization=config.model.quantization or UNQUANTIZED,
+    )
+    return context, names
 
 
 def number_layers(model: torch.nn.Module) -> dict[AttentionSpec, int]:
@@ -151,8 +182,6 @@ def negotiate(
     if max_model_len > shape.max_positions:
         reasons.append(f"max_model_len {max_model_len} (the model was made for {shape.max_positions})")
     max_batched = config.scheduler.max_num_batched_tokens or defaults.max_num_batched_tokens
-    if capabilities.max_batched_tokens is not None and max_batched > capabilities.max_batched_tokens:
-        reasons.append(f"max_num_batched_tokens {max_batched} (at most {capabilities.max_batched_tokens})")
     names = platform.attention_backends()
     wanted = config.platform.attention_backend or names[0]
     backend = next((name for name in names if name.lower() == wanted.lower()), None)
@@ -163,21 +192,13 @@ def negotiate(
         dtype=dtype,
         block_size=block_size,
         max_model_len=max_model_len,
-        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_seqs=min(config.scheduler.max_num_seqs, capabilities.max_num_seqs or config.scheduler.max_num_seqs),
         max_num_batched_tokens=max_batched,
         attention_backend=backend or wanted,
         device_memory_utilization=config.cache.device_memory_utilization or defaults.device_memory_utilization,
         async_scheduling=defaults.async_scheduling if is_async is None else is_async,
     )
     return settings, reasons
-
-
-def _head_size_reasons(groups: dict[AttentionSpec, int], capabilities: Capabilities) -> list[str]:
-    if not capabilities.head_sizes:
-        return []
-    has = ", ".join(map(str, capabilities.head_sizes))
-    missing = {spec.head_size for spec in groups} - set(capabilities.head_sizes)
-    return [f"head size {size} (it has {has})" for size in sorted(missing)]
 
 
 def size_cache(
@@ -194,7 +215,7 @@ def size_cache(
     than max_num_seqs of them can ever use. The weights are still to be loaded. Raises KVCacheMemoryError if not even
     one sequence fits, or if more was asked for than the device has.
     """
-    memory = platform.memory_info()
+    memory = memory_info(platform)
     chunk = settings.max_num_batched_tokens
     per_sequence = [blocks_per_sequence(w, settings.max_model_len, settings.block_size, chunk) for w in windows]
     sequence_bytes = sum(n * size for n, size in zip(per_sequence, block_bytes, strict=True))

@@ -7,25 +7,36 @@ checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` retu
 import pluggy
 
 from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
-from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.collectives import Communicator
+from fairlead.interface.graph import GraphRunner
+from fairlead.interface.linear import UNQUANTIZED, LinearMethod, LinearShape
+from fairlead.interface.memory import TAGS, MemoryAllocator, MemoryInfo
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
 from fairlead.interface.scheduling import QueuedRequest, SchedulingPolicy
 from fairlead.interface.spec import PLATFORM_API, Capabilities, Defaults, Device, OpProvider, PlatformSpec
+from fairlead.interface.streams import Event, Stream
 
 hookimpl = pluggy.HookimplMarker("fairlead")
 
 __all__ = [
     "PLATFORM_API",
+    "TAGS",
+    "UNQUANTIZED",
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionShape",
     "AttentionSpec",
     "Capabilities",
+    "Communicator",
     "Defaults",
     "Device",
+    "Event",
+    "GraphRunner",
     "KVCache",
+    "LinearMethod",
+    "LinearShape",
     "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
@@ -35,5 +46,6 @@ __all__ = [
     "PlatformSpec",
     "QueuedRequest",
     "SchedulingPolicy",
+    "Stream",
     "hookimpl",
 ]

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
+TAGS = ("weights", "kv_cache")
+"""The pools of an allocator."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryInfo:
@@ -16,15 +19,42 @@ class MemoryInfo:
 
 
 class MemoryAllocator(Protocol):
-    """Hands out the device's memory under tags, so that it can be accounted for (and later offloaded) by tag."""
+    """Hands out the device's memory in pools, one per tag of TAGS, that can be taken away and given back as a whole.
+
+    That is how an engine sleeps. While a pool is away its tensors still exist, but nothing may read or write them;
+    `restore` gives the same tensors (and all views of them) memory again. Their addresses may have changed, so nobody
+    keeps an address from before. Calls for a tag without tensors do nothing. Not thread-safe.
+    """
 
     def empty(self, shape: tuple[int, ...], dtype: "torch.dtype", *, tag: str) -> "torch.Tensor":
-        """Returns an uninitialised, contiguous tensor on the device; the caller owns it.
+        """Returns an uninitialised, contiguous tensor on the device; the caller owns it, and its memory is free once
+        nobody holds it or a view of it.
 
-        `tag` is "weights" or "kv_cache". Raises MemoryError when the device has too little left.
+        Raises MemoryError when the device has too little left, and ValueError for a tag that is not in TAGS or whose
+        pool is away.
         """
         ...
 
     def allocated_bytes(self, tag: str) -> int:
-        """Bytes handed out under the tag that are still alive."""
+        """Bytes of the device that the pool's living tensors take now: 0 while it is away."""
+        ...
+
+    def offload(self, tag: str) -> None:
+        """Moves the pool's contents off the device (on the host: out of its memory) and frees what they took there.
+
+        Raises ValueError if the pool is away already, and OSError or MemoryError, with nothing changed, where the
+        contents find no place.
+        """
+        ...
+
+    def discard(self, tag: str) -> None:
+        """Frees the pool's memory on the device and forgets what was in it. Raises ValueError if the pool is away."""
+        ...
+
+    def restore(self, tag: str) -> None:
+        """Gives the pool memory again: with its contents after `offload`, uninitialised after `discard`.
+
+        Does nothing if the pool is not away. Raises MemoryError when the device has too little left; the pool then
+        stays away, and what was offloaded is not lost.
+        """
         ...

@@ -4,15 +4,23 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from fairlead.interface.attention import AttentionBackend, AttentionShape
+from fairlead.interface.collectives import Communicator
+from fairlead.interface.graph import GraphRunner
+from fairlead.interface.linear import LinearMethod
 from fairlead.interface.memory import MemoryAllocator, MemoryInfo
 from fairlead.interface.spec import Capabilities, Defaults, Device, OpProvider
+from fairlead.interface.streams import Stream
 
 if TYPE_CHECKING:
     import torch
 
 
 class Platform(Protocol):
-    """One device, ready to run models. Methods return data; the core applies it."""
+    """One device, ready to run models. Methods return data; the core applies it.
+
+    `fairlead.ops.platform.BasicPlatform` is one made of references, to start from. Nothing may be module-global: two
+    platforms, and two of the same kind, live in one process.
+    """
 
     name: str
     device: Device
@@ -33,10 +41,36 @@ class Platform(Protocol):
         """The platform's own providers by op name; an op without one runs its reference."""
         ...
 
+    def linear_methods(self) -> Mapping[str, tuple[LinearMethod, ...]]:
+        """The platform's own ways to store and multiply linear weights, by scheme, the preferred one first.
+
+        A scheme without one runs its reference (`fairlead.ops.linear`).
+        """
+        ...
+
+    def graph_runner(self) -> GraphRunner:
+        """Makes what runs the forward passes of one engine."""
+        ...
+
+    def communicator(self, rank: int, world_size: int) -> Communicator:
+        """Joins a group of ranks; blocks until all are there.
+
+        Raises ConfigError for a size above 1 if the capabilities have no `collectives`.
+        """
+        ...
+
     def memory_info(self) -> MemoryInfo:
-        """The device's memory now."""
+        """The device's memory now. Cheap: it may be asked for once a step."""
+        ...
+
+    def stream(self) -> Stream:
+        """Makes a stream of the device."""
         ...
 
     def synchronize(self) -> None:
         """Waits until the device has done all that was asked of it."""
+        ...
+
+    def seed(self, seed: int) -> None:
+        """Seeds the device's random generators. The core's own sampling does not use them; foreign model code may."""
         ...

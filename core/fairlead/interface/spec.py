@@ -46,19 +46,39 @@ class PlatformSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a platform can do; negotiated before anything is allocated.
+    """What a platform can do; negotiated before anything is allocated. A lie here is a breach of the contract.
 
-    dtypes are torch names without the prefix ("float32"). Empty `head_sizes` means any. The first of `block_sizes`
-    is the preferred one.
+    dtypes are torch names without the prefix ("float32"). The first of `block_sizes` (tokens) is the preferred one.
+    Empty `head_sizes` means any. `kv_layouts` names the ways in which its backends lay the cache out, for caches that
+    travel between engines. `kv_dtypes` are those of the cache, "auto" being the model's. `quantization` names the
+    schemes that run on methods of its own (others run on their references). `graphs`: its graph runner replays
+    captured steps. With `static_shapes`, steps of other sizes than its graph runner's buckets cannot run at all.
+    `max_batched_tokens` and `max_num_seqs` bound one step; None is no bound, and a lower bound of sequences than was
+    asked for is taken. `max_world_size` is how many devices can
+    run one model; above 1 it has collectives. `batch_invariant`: a sequence's results do not depend on what shares
+    its batch, bit by bit.
     """
 
     dtypes: tuple[str, ...]
     block_sizes: tuple[int, ...]
     head_sizes: tuple[int, ...] = ()
+    kv_layouts: tuple[str, ...] = ("slots",)
     kv_dtypes: tuple[str, ...] = ("auto",)
     quantization: tuple[str, ...] = ()
+    graphs: bool = False
+    static_shapes: bool = False
     batch_invariant: bool = False
     max_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    max_world_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dtypes", "block_sizes", "kv_layouts", "kv_dtypes"):
+            if not getattr(self, name):
+                raise ValueError(f"Capabilities.{name} must not be empty")
+        limits = (self.max_batched_tokens, self.max_num_seqs, self.max_world_size)
+        if any(n <= 0 for n in (*self.block_sizes, *self.head_sizes, *(n for n in limits if n is not None))):
+            raise ValueError(f"the sizes of Capabilities must be above 0, got {self!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

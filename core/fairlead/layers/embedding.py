@@ -3,6 +3,7 @@
 import torch
 
 from fairlead.layers.context import BuildContext
+from fairlead.layers.linear import Linear
 
 
 class Embedding(torch.nn.Module):
@@ -19,10 +20,10 @@ class Embedding(torch.nn.Module):
         return x_TE if self._scale == 1 else x_TE * self._scale
 
 
-class OutputHead(torch.nn.Module):
+class OutputHead(Linear):
     """Hidden states (S, E) to logits (S, V) in float32; shares the embedding's weight where `tied_to` is given.
 
-    `soft_cap` c turns a logit l into c * tanh(l / c).
+    It is never quantised: what it rounds off decides between tokens. `soft_cap` c turns a logit l into c * tanh(l / c).
     """
 
     def __init__(
@@ -35,12 +36,10 @@ class OutputHead(torch.nn.Module):
         bias: bool = False,
         soft_cap: float | None = None,
     ) -> None:
-        super().__init__()
-        self._linear = ctx.ops.linear
+        weight = None if tied_to is None else tied_to.weight
+        super().__init__(size, vocab_size, ctx, bias=bias, is_quantized=False, tied_to=weight)
         self._soft_cap = soft_cap
-        self.weight = ctx.weight(vocab_size, size) if tied_to is None else tied_to.weight
-        self.bias = ctx.weight(vocab_size) if bias else None
 
     def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
-        logits_SV = self._linear(hidden_SE, self.weight, self.bias).float()
+        logits_SV = super().forward(hidden_SE).float()
         return logits_SV if self._soft_cap is None else self._soft_cap * torch.tanh(logits_SV / self._soft_cap)

@@ -8,16 +8,61 @@ from fairlead.layers.context import BuildContext
 
 
 class Linear(torch.nn.Module):
-    """x (N, in) to (N, out)."""
+    """x (N, in) to (N, out), by the method that was chosen for the layer.
 
-    def __init__(self, in_features: int, out_features: int, ctx: BuildContext, *, bias: bool = False) -> None:
+    The loader fills `weight` (out, in) and `bias`, then calls `pack_weights`; a weight that the method does not keep as
+    it is is None from then on.
+    `is_quantized` says whether the engine's scheme counts here. `tied_to` is the layer whose weight this one shares.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        ctx: BuildContext,
+        *,
+        bias: bool = False,
+        is_quantized: bool = True,
+        tied_to: torch.nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
-        self._linear = ctx.ops.linear
-        self.weight = ctx.weight(out_features, in_features)
+        self.shape = ctx.linear_shape(in_features, out_features, is_shared=tied_to is not None)
+        self.method = ctx.linear_method(self.shape, is_quantized=is_quantized)
+        self._table, self._apply_method = ctx.linear, ctx.linear.apply_of(self.method, self.shape)
+        self._packed: object = None
+        self.weight: torch.nn.Parameter | None = ctx.weight(out_features, in_features) if tied_to is None else tied_to
         self.bias = ctx.weight(out_features) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x, self.weight, self.bias)
+        return self._apply_method(x, self._packed, self.bias)
+
+    def pack_weights(self) -> None:
+        """Hands the loaded weight over to the method."""
+        assert self.weight is not None
+        weight = self._as_rows(self.weight.data)
+        self._packed = self._table.pack(self.method, weight)
+        if self._packed is not weight:
+            self.weight = None
+
+    def packed_bytes(self) -> int:
+        """Device memory of the packed weight."""
+        return self.method.packed_bytes(self.shape)
+
+    def dequantised(self) -> torch.Tensor:
+        """The weight (out, in) of a loaded layer; not to be written to."""
+        return self.method.dequantise(self._packed)
+
+    def _as_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The stored weight as (out, in)."""
+        return weight
+
+
+class PlainWeight(torch.nn.Module):
+    """The weight (out, in) of a linear layer that its model takes apart instead of applying it: it is never packed."""
+
+    def __init__(self, in_features: int, out_features: int, ctx: BuildContext) -> None:
+        super().__init__()
+        self.weight = ctx.weight(out_features, in_features)
 
 
 class Conv1D(Linear):
@@ -27,8 +72,8 @@ class Conv1D(Linear):
         super().__init__(in_features, out_features, ctx, bias=True)
         self.weight = ctx.weight(in_features, out_features)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(x, self.weight.t(), self.bias)
+    def _as_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.t()
 
 
 class MergedLinear(Linear):

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from fairlead.interface import MoeSpec
+from fairlead.interface import UNQUANTIZED, MoeSpec
 from fairlead.layers.context import BuildContext
+from fairlead.ops import reference
+from fairlead.ops.linear import PlainLinear
 
 
 class Router(torch.nn.Module):
@@ -33,18 +35,59 @@ class Router(torch.nn.Module):
 
 
 class Experts(torch.nn.Module):
-    """The weights of all experts, stacked. `names` are those of gate, up and down in a checkpoint."""
+    """The weights of all experts. `names` are those of gate, up and down in a checkpoint.
 
-    def __init__(self, E: int, F: int, X: int, ctx: BuildContext, *, names: tuple[str, str, str]) -> None:
+    They stay stacked for the op `moe` where they are in the model's dtype and the platform has nothing better: a
+    provider of the op first, then linear methods of its own, to which the loaded weights go expert by expert.
+    """
+
+    def __init__(self, E: int, F: int, spec: MoeSpec, ctx: BuildContext, *, names: tuple[str, str, str]) -> None:
         super().__init__()
+        X = spec.num_experts
         self.gate_up_proj = ctx.weight(X, 2 * F, E)
         self.down_proj = ctx.weight(X, E, F)
-        self._names, self._size = names, F
+        self._names, self._size, self._spec = names, F, spec
+        self._moe, self._activation = ctx.ops.moe, ctx.ops.silu_and_mul
+        self._shapes = ctx.linear_shape(E, 2 * F), ctx.linear_shape(F, E)
+        self._table = ctx.linear
+        self._enter, self._leave = (ctx.linear_method(shape) for shape in self._shapes)
+        self._apply_enter, self._apply_leave = (
+            ctx.linear.apply_of(method, shape)
+            for method, shape in zip((self._enter, self._leave), self._shapes, strict=True)
+        )
+        has_own_op = ctx.quantization == UNQUANTIZED and ctx.ops.moe is not reference.moe
+        is_plain = isinstance(self._enter, PlainLinear) and isinstance(self._leave, PlainLinear)
+        self._is_stacked = has_own_op or is_plain
+        self._packed: list[tuple[object, object]] = []
+
+    def forward(self, x_TE: torch.Tensor, logits_TX: torch.Tensor, correction_X: torch.Tensor | None) -> torch.Tensor:
+        if self._is_stacked:
+            return self._moe(x_TE, logits_TX, correction_X, self.gate_up_proj, self.down_proj, self._spec)
+        return reference.moe_by_expert(x_TE, logits_TX, correction_X, self._spec, self._run_expert)
+
+    def _run_expert(self, expert: int, rows_NE: torch.Tensor) -> torch.Tensor:
+        enter, leave = self._packed[expert]
+        return self._apply_leave(self._activation(self._apply_enter(rows_NE, enter, None)), leave, None)
+
+    def pack_weights(self) -> None:
+        """Hands the loaded weights over to what will multiply by them."""
+        if self._is_stacked:
+            return
+        for enter, leave in zip(self.gate_up_proj.data, self.down_proj.data, strict=True):
+            self._packed.append((self._table.pack(self._enter, enter), self._table.pack(self._leave, leave)))
+        del self.gate_up_proj, self.down_proj
+
+    def packed_bytes(self) -> int:
+        """Device memory of the weights once they are packed."""
+        if self._is_stacked:
+            return self.gate_up_proj.nbytes + self.down_proj.nbytes
+        methods = zip((self._enter, self._leave), self._shapes, strict=True)
+        return self._spec.num_experts * sum(method.packed_bytes(shape) for method, shape in methods)
 
     def pieces(self, path: str, name: str) -> Iterator[tuple[str, tuple[int | slice, ...]]]:
         """A checkpoint stores each expert by itself."""
         gate, up, down = self._names
-        for expert in range(len(self.down_proj)):
+        for expert in range(self._spec.num_experts):
             if name == "down_proj":
                 yield f"{path}.{expert}.{down}.weight", (expert,)
             else:
@@ -69,21 +112,13 @@ class MoE(torch.nn.Module):
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     ) -> None:
         super().__init__()
-        self._moe, self.spec = ctx.ops.moe, spec
         self.gate = router or Router(E, spec.num_experts, ctx)
-        self.experts = Experts(E, F, spec.num_experts, ctx, names=names)
+        self.experts = Experts(E, F, spec, ctx, names=names)
         self.shared: torch.nn.Module | None = None
         self.shared_gate: torch.nn.Module | None = None
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        out_TE = self._moe(
-            x_TE,
-            self.gate(x_TE),
-            self.gate.e_score_correction_bias,
-            self.experts.gate_up_proj,
-            self.experts.down_proj,
-            self.spec,
-        )
+        out_TE: torch.Tensor = self.experts(x_TE, self.gate(x_TE), self.gate.e_score_correction_bias)
         if self.shared is None:
             return out_TE
         shared_TE: torch.Tensor = self.shared(x_TE)

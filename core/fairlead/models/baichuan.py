@@ -73,7 +73,7 @@ class NormHead(OutputHead):
 
     def forward(self, hidden_SE: torch.Tensor) -> torch.Tensor:
         if self._lengths_V is None:
-            self._lengths_V = self.weight.float().norm(dim=1)
+            self._lengths_V = self.dequantised().float().norm(dim=1)
         return super().forward(hidden_SE) / self._lengths_V
 
 

@@ -15,7 +15,7 @@ from fairlead.interface import AttentionSpec, MoeSpec
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import PreNormLayer
-from fairlead.layers.linear import Linear, MergedLinear
+from fairlead.layers.linear import Linear, MergedLinear, PlainWeight
 from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.moe import MoE, Router
 from fairlead.layers.norm import RMSNorm
@@ -132,7 +132,7 @@ class LatentAttention(torch.nn.Module):
             self.q_b_proj = Linear(Q, H * (self.N + self.P), ctx)
         self.qkv_a_proj = MergedLinear(E, parts, ctx, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.R, _LATENT_EPS, ctx)
-        self.kv_b_proj = Linear(self.R, H * (self.N + V), ctx)
+        self.kv_b_proj = PlainWeight(self.R, H * (self.N + V), ctx)
         self.o_proj = Linear(H * V, E, ctx, bias=bias)
         self.rotary, self.is_interleaved = rotary, bool(config.get("rope_interleave", True))
         scale = (self.N + self.P) ** -0.5 * _temperature(rope_params(config))

@@ -1,10 +1,12 @@
-"""Fills a model from safetensors: plan on the headers, allocate, then stream each tensor into its place.
+"""Fills a model from safetensors: plan on the headers, then stream each tensor into its place.
 
-A tensor is read by mmap and copied straight into its slice of the (possibly merged) weight, so the peak is the model
-plus one tensor. Whatever does not fit is found before anything is allocated.
+A tensor is read by mmap and copied straight into its slice of the (possibly merged) weight. A layer that is complete
+is packed as its method likes, so the peak is the model plus one layer. Whatever does not fit is found before anything
+is allocated.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -36,6 +38,23 @@ class Merged(Protocol):
 
     def pieces(self, path: str, name: str) -> Iterator[tuple[str, Index]]:
         """(stored name, where it goes in parameter `name`), if the layer stands at `path`."""
+        ...
+
+
+@runtime_checkable
+class Packs(Protocol):
+    """A layer that lays its weights out anew once they are loaded. Its one-dimensional parameters stay."""
+
+    def pack_weights(self) -> None:
+        """Called once, when all its parameters are filled."""
+        ...
+
+    def packed_bytes(self) -> int:
+        """Device memory of what pack_weights makes; known before anything is loaded."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """As of any torch.nn.Module."""
         ...
 
 
@@ -72,7 +91,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
     stored = {name: tensor for name, tensor in checkpoint.tensors().items() if not name.startswith(unused)}
     targets = _targets(model, stored)
     _check(targets, stored, checkpoint)
-    memory = _allocate(model, allocator)
+    filler = _Filler(model, (target.parameter for target in targets.values()), allocator)
     files: dict[str, list[str]] = {}
     for name in targets:
         files.setdefault(str(stored[name].file), []).append(name)
@@ -81,26 +100,37 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
             with safe_open(file, framework="pt") as reader:
                 for name in names:
                     target = targets[name]
-                    memory[target.parameter][target.index].copy_(reader.get_tensor(name))
+                    filler.memory(target.parameter)[target.index].copy_(reader.get_tensor(name))
+                    filler.note_filled(target.parameter)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-    _place(model, memory)
-    return sum(t.nbytes for t in memory.values())
+    return filler.num_bytes
 
 
 def dummy_weights(model: torch.nn.Module, allocator: MemoryAllocator, *, seed: int) -> int:
     """Fills the model with small random weights (norms with ones), for benchmarks; returns their bytes."""
     if isinstance(model, LoadsItself):
         return model.dummy_weights(allocator, seed=seed)
-    memory = _allocate(model, allocator)
+    parameters = list(dict.fromkeys(model.parameters()))
+    filler = _Filler(model, parameters, allocator)
     generator = torch.Generator().manual_seed(seed)
-    for tensor in memory.values():
+    for parameter in parameters:
+        tensor = filler.memory(parameter)
         if tensor.dim() == 1:
             tensor.fill_(1.0)
         else:
             tensor.copy_(torch.empty(tensor.shape).normal_(0, 0.02, generator=generator))
-    _place(model, memory)
-    return sum(t.nbytes for t in memory.values())
+        filler.note_filled(parameter)
+    return filler.num_bytes
+
+
+def weights_bytes(model: torch.nn.Module) -> int:
+    """Device memory that the weights of a model will take once they are loaded and packed."""
+    packs = [module for module in model.modules() if isinstance(module, Packs)]
+    weights = {p for module in packs for p in module.parameters(recurse=False) if p.dim() > 1}
+    plain = {p for module in model.modules() if module not in packs for p in module.parameters(recurse=False)}
+    rest = plain | {p for p in model.parameters() if p not in weights}
+    return sum(p.nbytes for p in rest) + sum(module.packed_bytes() for module in packs)
 
 
 def _targets(model: torch.nn.Module, stored: Container[str]) -> dict[str, _Target]:
@@ -163,12 +193,40 @@ def _check(targets: dict[str, _Target], stored: dict[str, StoredTensor], checkpo
         )
 
 
-def _allocate(model: torch.nn.Module, allocator: MemoryAllocator) -> dict[torch.nn.Parameter, torch.Tensor]:
-    return {p: allocator.empty(tuple(p.shape), p.dtype, tag="weights") for p in dict.fromkeys(model.parameters())}
+class _Filler:
+    """Gives each parameter memory when its first tensor comes, and packs each layer once its last one has come.
 
+    `filled` names a parameter once for every tensor that it waits for. `num_bytes` counts what was loaded.
+    """
 
-def _place(model: torch.nn.Module, memory: dict[torch.nn.Parameter, torch.Tensor]) -> None:
-    placed = {p: torch.nn.Parameter(tensor, requires_grad=False) for p, tensor in memory.items()}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, placed[parameter])
+    def __init__(
+        self, model: torch.nn.Module, filled: Iterable[torch.nn.Parameter], allocator: MemoryAllocator
+    ) -> None:
+        self._allocator, self.num_bytes = allocator, 0
+        self._memory: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._missing = Counter(filled)
+        self._owners: dict[torch.nn.Parameter, list[torch.nn.Module]] = {}
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                self._owners.setdefault(parameter, []).append(module)
+
+    def memory(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Where the parameter's values go."""
+        if parameter not in self._memory:
+            tensor = self._allocator.empty(tuple(parameter.shape), parameter.dtype, tag="weights")
+            self._memory[parameter] = tensor
+            self.num_bytes += tensor.nbytes
+        return self._memory[parameter]
+
+    def note_filled(self, parameter: torch.nn.Parameter) -> None:
+        """Counts one tensor; with its last one the parameter is placed, and layers that are complete are packed."""
+        self._missing[parameter] -= 1
+        if self._missing[parameter]:
+            return
+        placed = torch.nn.Parameter(self._memory.pop(parameter), requires_grad=False)
+        for module in self._owners.pop(parameter):
+            for name, value in list(module.named_parameters(recurse=False)):
+                if value is parameter:
+                    setattr(module, name, placed)
+            if isinstance(module, Packs) and not any(p in self._owners for p in module.parameters(recurse=False)):
+                module.pack_weights()

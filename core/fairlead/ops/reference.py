@@ -6,6 +6,8 @@ G groups of experts.
 Inputs are not changed and results are new tensors, unless a docstring says otherwise. Reductions run in float32.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -105,15 +107,27 @@ def moe(
     Tokens are sorted by expert, so that each expert is one product over a run of rows. The sum is in float32.
     Source: Shazeer et al., "Outrageously Large Neural Networks" (2017), section 2.
     """
+
+    def run_expert(expert: int, rows_NE: torch.Tensor) -> torch.Tensor:
+        return linear(silu_and_mul(linear(rows_NE, gate_up_X2FE[expert], None)), down_XEF[expert], None)
+
+    return moe_by_expert(x_TE, logits_TX, correction_X, spec, run_expert)
+
+
+def moe_by_expert(
+    x_TE: torch.Tensor,
+    logits_TX: torch.Tensor,
+    correction_X: torch.Tensor | None,
+    spec: MoeSpec,
+    run_expert: Callable[[int, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`moe` with experts that are any function of (expert, its rows (N, E)); rows come in any number above 0."""
     weights_TR, experts_TR = route_tokens(logits_TX, correction_X, spec)
     order_N = experts_TR.flatten().argsort(stable=True)
     tokens_N = order_N // spec.top_k
     counts_X = torch.bincount(experts_TR.flatten(), minlength=spec.num_experts)
-    parts = [
-        linear(silu_and_mul(linear(rows, gate_up_X2FE[i], None)), down_XEF[i], None)
-        for i, rows in enumerate(torch.split(x_TE[tokens_N], counts_X.tolist()))
-        if len(rows)
-    ]
+    rows_by_expert = torch.split(x_TE[tokens_N], counts_X.tolist())
+    parts = [run_expert(i, rows_NE) for i, rows_NE in enumerate(rows_by_expert) if len(rows_NE)]
     weighted_NE = torch.cat(parts).float() * weights_TR.flatten()[order_N, None]
     return torch.zeros_like(x_TE, dtype=torch.float32).index_add_(0, tokens_N, weighted_NE).to(x_TE.dtype)
 

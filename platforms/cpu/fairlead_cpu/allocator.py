@@ -1,30 +1,42 @@
-"""Host memory by tag."""
+"""Host memory in pools; what sleeps goes to a file."""
 
+import ctypes
+import tempfile
 import weakref
+from collections.abc import Callable
 
 import torch
 
+from fairlead.ops.memory import PooledAllocator
 
-class HostAllocator:
-    """MemoryAllocator over host memory; counts what is alive under each tag."""
+
+class HostAllocator(PooledAllocator):
+    """MemoryAllocator over host memory. Its pages are the process's once they are written.
+
+    Offloaded contents go to files without a name in the directory for temporary files (TMPDIR), and back from there:
+    another copy in host memory would free nothing.
+    """
 
     def __init__(self) -> None:
-        self._bytes: dict[str, int] = {}
+        super().__init__(lambda shape, dtype: torch.empty(shape, dtype=dtype))
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, *, tag: str) -> torch.Tensor:
-        """An uninitialised tensor; the pages are the process's once they are written."""
-        try:
-            tensor = torch.empty(shape, dtype=dtype)
-        except RuntimeError as error:  # torch's host allocator has no type of its own for this
-            raise MemoryError(f"cannot allocate {shape} of {dtype} for {tag}: {error}") from error
-        storage = tensor.untyped_storage()
-        self._add(tag, storage.nbytes())
-        weakref.finalize(storage, self._add, tag, -storage.nbytes())
-        return tensor
+    def _keep(self, contents: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as what fills from it)
+        _transfer(file.write, contents)
 
-    def allocated_bytes(self, tag: str) -> int:
-        """Bytes alive under the tag."""
-        return self._bytes.get(tag, 0)
+        def fill(memory: torch.Tensor) -> None:
+            file.seek(0)
+            _transfer(file.readinto, memory)
 
-    def _add(self, tag: str, num_bytes: int) -> None:
-        self._bytes[tag] = self._bytes.get(tag, 0) + num_bytes
+        weakref.finalize(fill, file.close)
+        return fill
+
+
+def _transfer(move: Callable[[memoryview], int | None], contents: torch.Tensor) -> None:
+    """Moves bytes between a file and a tensor. Not through NumPy: torch never resizes a storage that it has shared."""
+    rest = memoryview((ctypes.c_char * contents.nbytes).from_address(contents.data_ptr())).cast("B")
+    while rest:  # one call may move less than it was given
+        num_moved = move(rest)
+        if not num_moved:
+            raise OSError("a file of offloaded memory ended early")
+        rest = rest[num_moved:]

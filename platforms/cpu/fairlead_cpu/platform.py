@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 
-from fairlead.errors import ConfigError
 from fairlead.interface import (
     AttentionBackend,
     AttentionShape,
@@ -16,19 +15,20 @@ from fairlead.interface import (
     OpProvider,
 )
 from fairlead.ops.attention import ReferenceAttention
+from fairlead.ops.platform import BasicPlatform
 from fairlead_cpu import memory
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
 from fairlead_cpu.ops import PROVIDERS
 
 
-class CpuPlatform:
+class CpuPlatform(BasicPlatform):
     """Host memory and torch's CPU kernels, on all cores that torch was given."""
 
     name = "cpu"
 
     def __init__(self, device: Device) -> None:
-        self.device = device
+        super().__init__(device)
         self.torch_device = torch.device("cpu")
         self.allocator: MemoryAllocator = HostAllocator()
         self.capabilities = Capabilities(
@@ -46,9 +46,7 @@ class CpuPlatform:
         """Makes the backend."""
         if name == SdpaAttention.name:
             return SdpaAttention(shape, self.allocator)
-        if name == ReferenceAttention.name:
-            return ReferenceAttention(shape, self.allocator, self.torch_device)
-        raise ConfigError(f"the CPU has no attention backend {name!r}; it has: {', '.join(self.attention_backends())}")
+        return super().attention(name, shape)
 
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
         """Torch's own fused kernels where it has them; native kernels register here too."""
@@ -57,6 +55,3 @@ class CpuPlatform:
     def memory_info(self) -> MemoryInfo:
         """The host's memory, or the control group's."""
         return memory.info()
-
-    def synchronize(self) -> None:
-        """Nothing to wait for: torch's CPU ops have ended when they return."""

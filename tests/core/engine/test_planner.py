@@ -125,14 +125,21 @@ def test_all_reasons_come_at_once_and_nothing_is_allocated(model: Path, platform
     platform.capabilities = Capabilities(
         dtypes=("float32",), block_sizes=(128, 16), head_sizes=(64, 128), max_batched_tokens=1024
     )
+    platform.defaults = dataclasses.replace(platform.defaults, dtype="float32")
     with pytest.raises(ConfigError) as error:
         build(model, dtype="bfloat16", block_size=32, max_model_len=513, attention_backend="flash")
     assert str(error.value) == (
         "platform 'acme' cannot run this model so: dtype bfloat16 (it has float32); block_size 32 (it has 16, 128); "
-        "max_model_len 513 (the model was made for 512); max_num_batched_tokens 2048 (at most 1024); "
-        "attention_backend flash (it has sdpa, reference); head size 16 (it has 64, 128)"
+        "max_model_len 513 (the model was made for 512); attention_backend flash (it has sdpa, reference); "
+        "max_num_batched_tokens 2048 (at most 1024); head size 16 (it has 64, 128)"
     )
     assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
+
+
+def test_no_more_sequences_run_than_the_platform_can(model: Path, platform: AcmePlatform) -> None:
+    restrict(platform, max_num_seqs=8)
+    assert build(model).plan.settings.max_num_seqs == 8
+    assert build(model, max_num_seqs=3).plan.settings.max_num_seqs == 3
 
 
 @pytest.mark.parametrize(

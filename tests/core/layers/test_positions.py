@@ -7,11 +7,8 @@ from fairlead.errors import UnsupportedModelError
 from fairlead.layers.alibi import alibi_slopes
 from fairlead.layers.context import BuildContext
 from fairlead.layers.rotary import Rotary
-from fairlead.ops.table import choose_ops
 
-CONTEXT = BuildContext(
-    ops=choose_ops("none", {}, dtype="float32")[0], dtype=torch.float32, device=torch.device("cpu"), max_model_len=64
-)
+CONTEXT = BuildContext.reference(max_model_len=64)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

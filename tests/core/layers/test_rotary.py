@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from fairlead.errors import CheckpointError, UnsupportedModelError
 from fairlead.layers.context import BuildContext
 from fairlead.layers.rotary import Rotary, inverse_frequencies, rope_params
-from fairlead.ops.table import choose_ops
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -28,12 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_rotary(head_size: int, config: dict[str, Any], max_model_len: int = 600) -> Rotary:
-    context = BuildContext(
-        ops=choose_ops("none", {}, dtype="float32")[0],
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        max_model_len=max_model_len,
-    )
+    context = BuildContext.reference(max_model_len=max_model_len)
     return Rotary(head_size, rope_params(config), context)
 
 

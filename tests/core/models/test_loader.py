@@ -14,7 +14,6 @@ from fairlead.errors import CheckpointError, ModelError, ModelNotFoundError, Uns
 from fairlead.layers.context import BuildContext
 from fairlead.models import loader, registry
 from fairlead.models.config import ModelShape
-from fairlead.ops.table import choose_ops
 from fairlead.testing.tiny_model import write_tiny_llama
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,12 +38,7 @@ class CountingAllocator:
 
 def build(directory: Path, dtype: str = "float32") -> tuple[torch.nn.Module, Checkpoint]:
     checkpoint = Checkpoint.open(ModelConfig(model=str(directory)))
-    context = BuildContext(
-        ops=choose_ops("none", {}, dtype=dtype)[0],
-        dtype=DTYPES[dtype],
-        device=torch.device("cpu"),
-        max_model_len=64,
-    )
+    context = BuildContext.reference(dtype=DTYPES[dtype], max_model_len=64)
     shape = ModelShape.of(checkpoint.config)
     return registry.build_model(checkpoint.architecture, checkpoint.config, shape, context), checkpoint
 

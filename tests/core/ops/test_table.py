@@ -21,7 +21,8 @@ def only_float32(dtype: str) -> str | None:
 
 def choose(*providers: OpProvider, dtype: str = "float32", overrides: tuple[str, ...] = ()) -> str:
     """The provider chosen for linear; checks that the function is that provider's."""
-    ops, names = choose_ops("acme", {"linear": providers}, dtype=dtype, overrides=overrides)
+    wanted = dict(item.split("=") for item in overrides)
+    ops, names = choose_ops("acme", {"linear": providers}, dtype=dtype, overrides=wanted)
     assert all(names[op] == "reference" for op in OP_NAMES if op != "linear")
     chosen = names["linear"]
     expected = reference.linear if chosen == "reference" else next(p.fn for p in providers if p.name == chosen)

@@ -1,0 +1,73 @@
+"""The first steps of an engine, before anybody waits for it: what the platform gives is checked, and its graph runner
+gets to know every size.
+
+They are made of padding alone (see `batch_builder.Padding`), so nothing in the cache is touched that anybody will read.
+"""
+
+from typing import cast
+
+import torch
+
+from fairlead.engine.batch_builder import Padding, build_input
+from fairlead.engine.model_runner import ModelRunner
+from fairlead.interface import AttentionBackend, AttentionSpec, KVCache
+from fairlead.layers.attention import Attention
+from fairlead.layers.context import Step, StepGroup
+from fairlead.ops.first_call import check_result, unwrap
+from fairlead.scheduling.batch import ScheduledBatch
+
+_NOTHING = ScheduledBatch(chunks=(), block_copies=())
+
+
+@torch.inference_mode()
+def check_first_step(runner: ModelRunner, *, plugin: str, vocab_size: int) -> None:
+    """Runs one small step with every result of the platform checked.
+
+    Raises PluginContractError naming plugin, hook, expected and got.
+    """
+    model = cast(torch.nn.Module, runner.model)
+    specs = {layer.group: layer.spec for layer in model.modules() if isinstance(layer, Attention)}
+    backends = tuple(
+        cast(AttentionBackend, _CheckedAttention(backend, specs[group], plugin=plugin))
+        for group, backend in enumerate(runner.backends)
+    )
+    size = min(runner.padded.buckets, default=1)
+    hidden_TE = _run(runner, size, backends)
+    logits = runner.padded.logits(hidden_TE)
+    expected = torch.empty((len(hidden_TE), vocab_size), dtype=torch.float32, device="meta")
+    check_result(logits, expected, hidden_TE.device, plugin=plugin, hook="the ops and linear methods of the head")
+    unwrap(model)
+
+
+@torch.inference_mode()
+def warm_up(runner: ModelRunner) -> None:
+    """Runs every bucket once."""
+    for size in runner.padded.buckets:
+        runner.padded.logits(_run(runner, size, runner.backends))
+
+
+def _run(runner: ModelRunner, num_tokens: int, backends: tuple[AttentionBackend, ...]) -> torch.Tensor:
+    padding = Padding(num_tokens=num_tokens, blocks=runner.padding_blocks)
+    inputs = build_input(_NOTHING, runner.block_size, runner.device, padding)
+    plans = [backend.plan(metadata) for backend, metadata in zip(runner.backends, inputs.attention, strict=True)]
+    parts = zip(backends, runner.kv_caches, plans, strict=True)
+    groups = tuple(StepGroup(backend=backend, kv_caches=caches, plan=plan) for backend, caches, plan in parts)
+    return runner.padded.hidden(inputs.token_ids_T, inputs.positions_T, Step(groups=groups))
+
+
+class _CheckedAttention:
+    """An AttentionBackend's `forward`, its results checked."""
+
+    def __init__(self, backend: AttentionBackend, spec: AttentionSpec, *, plugin: str) -> None:
+        self._backend, self._plugin = backend, plugin
+        self._value_size = spec.value_size or spec.head_size
+
+    def forward(
+        self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_cache: KVCache, plan: object
+    ) -> torch.Tensor:
+        """The backend's own."""
+        out = self._backend.forward(q_THD, k_TKD, v_TKD, kv_cache, plan)
+        expected = torch.empty((*q_THD.shape[:2], self._value_size), dtype=q_THD.dtype, device="meta")
+        hook = f"attention({self._backend.name!r}).forward"
+        check_result(out, expected, q_THD.device, plugin=self._plugin, hook=hook)
+        return out

@@ -1,0 +1,52 @@
+"""Where a platform's limits meet a model and its settings: every reason why not, before anything is allocated."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+
+from fairlead.contract import check_backend
+from fairlead.errors import ConfigError
+from fairlead.interface import AttentionBackend, AttentionShape, AttentionSpec, GraphRunner, Platform
+
+
+def refusal(platform: Platform, reasons: Seq[str]) -> ConfigError:
+    """The one error that lists every reason."""
+    return ConfigError(f"platform {platform.name!r} cannot run this model so: {'; '.join(reasons)}")
+
+
+def step_reasons(platform: Platform, graph_runner: GraphRunner, *, max_num_batched_tokens: int) -> list[str]:
+    """Why steps of so many tokens cannot run."""
+    capabilities, reasons = platform.capabilities, []
+    most = capabilities.max_batched_tokens
+    if most is not None and max_num_batched_tokens > most:
+        reasons.append(f"max_num_batched_tokens {max_num_batched_tokens} (at most {most})")
+    if capabilities.static_shapes and max_num_batched_tokens > graph_runner.buckets[-1]:
+        largest = graph_runner.buckets[-1]
+        reasons.append(f"max_num_batched_tokens {max_num_batched_tokens} (its largest static shape has {largest} rows)")
+    return reasons
+
+
+def make_backends(
+    platform: Platform, name: str, groups: Mapping[AttentionSpec, int], *, block_size: int, dtype: str
+) -> tuple[tuple[AttentionBackend, ...], list[str]]:
+    """One backend per group of attention layers, and why there is none for some of them.
+
+    Raises PluginContractError if what comes back is no backend.
+    """
+    backends, reasons = [], []
+    for spec, num_layers in groups.items():
+        shape = AttentionShape(spec=spec, num_layers=num_layers, block_size=block_size, dtype=dtype)
+        try:
+            backend = platform.attention(name, shape)
+        except ConfigError as error:
+            reasons.append(str(error))
+            continue
+        check_backend(platform.name, name, backend)
+        backends.append(backend)
+    return tuple(backends), list(dict.fromkeys(reasons))
+
+
+def head_size_reasons(platform: Platform, groups: Mapping[AttentionSpec, int]) -> list[str]:
+    """Which head sizes the platform has not."""
+    sizes = platform.capabilities.head_sizes
+    missing = {spec.head_size for spec in groups} - set(sizes) if sizes else set()
+    return [f"head size {size} (it has {', '.join(map(str, sizes))})" for size in sorted(missing)]

@@ -1,0 +1,229 @@
+"""The meaning of each scheme of linear weights, and the choice of who serves it.
+
+Shapes: N rows, I input features, O output features, G groups of input features.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from fairlead.contract import check_packed
+from fairlead.errors import ConfigError, PluginContractError
+from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape
+from fairlead.ops.first_call import FirstCall
+
+Packed = object
+LinearOp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+TOLERANCE: dict[str, dict[str, float]] = {
+    UNQUANTIZED: {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+    "int8": {"float32": 2e-2, "bfloat16": 3e-2, "float16": 2e-2},
+    "int4": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+}
+"""Largest error of `apply` by scheme and dtype, against the dequantised weight in float32: the Frobenius norm of the
+difference over that of the result. That of int8 is what rounding the rows to 8 bits costs."""
+
+INT4_GROUP = 128
+
+
+class PlainLinear:
+    """The reference of "unquantized": the weight as it was loaded, through the op `linear`."""
+
+    def __init__(self, linear: LinearOp, name: str = "reference") -> None:
+        self.name, self._linear = name, linear
+
+    def refuses(self, shape: LinearShape) -> str | None:
+        """Never."""
+        return None
+
+    def packed_bytes(self, shape: LinearShape) -> int:
+        """The weight's own bytes."""
+        return 0 if shape.is_shared else _num_elements(shape) * _itemsize(shape)
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> Packed:
+        """Keeps the weight."""
+        return tensors["weight"]
+
+    def apply(self, x_NI: torch.Tensor, packed: Packed, bias_O: torch.Tensor | None) -> torch.Tensor:
+        """One call of the op."""
+        assert isinstance(packed, torch.Tensor)
+        return self._linear(x_NI, packed, bias_O)
+
+    def dequantise(self, packed: Packed) -> torch.Tensor:
+        """The weight itself."""
+        assert isinstance(packed, torch.Tensor)
+        return packed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedWeight:
+    """Integers (O, G, I / G) in int8 and their scales (O, G, 1) in float32; the last group may be filled with zeros."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    in_features: int
+
+    @classmethod
+    def of(cls, weight_OI: torch.Tensor, *, group_size: int, max_value: int) -> "QuantizedWeight":
+        """Symmetric rounding to -max_value … max_value, by output and group of inputs."""
+        num_inputs = weight_OI.shape[1]
+        padded = functional.pad(weight_OI.float(), (0, -num_inputs % group_size))
+        grouped = padded.view(len(padded), -1, group_size)
+        scales = grouped.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / max_value
+        return cls(values=(grouped / scales).round_().to(torch.int8), scales=scales, in_features=num_inputs)
+
+    def dequantised(self) -> torch.Tensor:
+        """(O, I) in float32."""
+        return (self.values * self.scales).flatten(1)[:, : self.in_features]
+
+
+class Int8Linear:
+    """The reference of "int8": weights rounded by output channel, rows by token, both symmetric; products exact.
+
+    Source: Dettmers et al., "LLM.int8()" (2022), section 2.1 (vector-wise quantisation).
+    """
+
+    name = "reference"
+
+    def refuses(self, shape: LinearShape) -> str | None:
+        """Never."""
+        return None
+
+    def packed_bytes(self, shape: LinearShape) -> int:
+        """One byte a weight, and a scale an output."""
+        return _num_elements(shape) + 4 * shape.out_features
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> Packed:
+        """One group: a whole row of the weight."""
+        weight_OI = tensors["weight"]
+        return QuantizedWeight.of(weight_OI, group_size=weight_OI.shape[1], max_value=127)
+
+    def apply(self, x_NI: torch.Tensor, packed: Packed, bias_O: torch.Tensor | None) -> torch.Tensor:
+        """Rounds each row by its own largest value, multiplies, scales back."""
+        assert isinstance(packed, QuantizedWeight)
+        x32 = x_NI.float()
+        scale_N1 = x32.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / 127
+        products_NO = (x32 / scale_N1).round_() @ packed.values.flatten(1).float().t()
+        out_NO = products_NO * scale_N1 * packed.scales.flatten()
+        return (out_NO if bias_O is None else out_NO + bias_O.float()).to(x_NI.dtype)
+
+    def dequantise(self, packed: Packed) -> torch.Tensor:
+        """In float32."""
+        assert isinstance(packed, QuantizedWeight)
+        return packed.dequantised()
+
+
+class Int4Linear:
+    """The reference of "int4": weights alone are rounded, symmetrically, in groups of INT4_GROUP inputs.
+
+    The integers stand one in a byte: this is what the scheme means, not how to save memory.
+    """
+
+    name = "reference"
+
+    def refuses(self, shape: LinearShape) -> str | None:
+        """Never."""
+        return None
+
+    def packed_bytes(self, shape: LinearShape) -> int:
+        """One byte a weight, and a scale a group."""
+        groups = -(-shape.in_features // INT4_GROUP)
+        return shape.out_features * groups * (INT4_GROUP + 4)
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> Packed:
+        """Rounds to -7 … 7."""
+        return QuantizedWeight.of(tensors["weight"], group_size=INT4_GROUP, max_value=7)
+
+    def apply(self, x_NI: torch.Tensor, packed: Packed, bias_O: torch.Tensor | None) -> torch.Tensor:
+        """Multiplies by the dequantised weight, in float32."""
+        assert isinstance(packed, QuantizedWeight)
+        bias32_O = None if bias_O is None else bias_O.float()
+        return functional.linear(x_NI.float(), packed.dequantised(), bias32_O).to(x_NI.dtype)
+
+    def dequantise(self, packed: Packed) -> torch.Tensor:
+        """In float32."""
+        assert isinstance(packed, QuantizedWeight)
+        return packed.dequantised()
+
+
+def _num_elements(shape: LinearShape) -> int:
+    return shape.in_features * shape.out_features
+
+
+def _itemsize(shape: LinearShape) -> int:
+    dtype: torch.dtype = getattr(torch, shape.dtype)
+    return dtype.itemsize
+
+
+class LinearTable:
+    """Who serves which scheme; made once per engine, asked once per layer.
+
+    `chosen` collects what was chosen: names by scheme, in order of first use.
+    """
+
+    def __init__(
+        self,
+        platform: str,
+        methods: Mapping[str, tuple[LinearMethod, ...]],
+        linear: LinearOp,
+        *,
+        linear_name: str = "reference",
+        wanted: str | None = None,
+    ) -> None:
+        """`linear` is the op that serves unquantised layers where no method does; `wanted` the name that was asked for.
+
+        Raises PluginContractError if the platform brings a scheme that the contract does not have, and ConfigError if
+        nothing is called as was wanted.
+        """
+        references: dict[str, LinearMethod] = {
+            UNQUANTIZED: PlainLinear(linear, linear_name),
+            "int8": Int8Linear(),
+            "int4": Int4Linear(),
+        }
+        for scheme in methods:
+            if scheme not in references:
+                raise PluginContractError(
+                    plugin=platform,
+                    hook="linear_methods",
+                    expected=f"schemes among {', '.join(references)}",
+                    got=repr(scheme),
+                )
+        self.platform = platform
+        self._methods = {scheme: (*methods.get(scheme, ()), own) for scheme, own in references.items()}
+        self._wanted = wanted
+        self.chosen: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Every scheme that there is."""
+        return tuple(self._methods)
+
+    def choose(self, scheme: str, shape: LinearShape) -> LinearMethod:
+        """The first method that does not refuse; raises ConfigError if the one that was asked for does."""
+        candidates = self._methods[scheme]
+        asked = [m for m in candidates if m.name == self._wanted]
+        for method in asked or candidates:
+            reason = method.refuses(shape)
+            if reason is None:
+                names = self.chosen.get(scheme, ())
+                self.chosen[scheme] = names if method.name in names else (*names, method.name)
+                return method
+            if asked:
+                raise ConfigError(f"provider {method.name!r} of op 'linear' cannot be used: {reason}")
+        raise AssertionError("the reference refuses nothing")
+
+    def pack(self, method: LinearMethod, weight_OI: torch.Tensor) -> Packed:
+        """What the method makes of a weight; raises PluginContractError if it makes nothing."""
+        packed = method.pack({"weight": weight_OI})
+        check_packed(self.platform, method, packed)
+        return packed
+
+    def apply_of(self, method: LinearMethod, shape: LinearShape) -> Callable[..., torch.Tensor]:
+        """The method's `apply`, its first result checked."""
+
+        def reference(x_NI: torch.Tensor, *_: object) -> torch.Tensor:
+            return x_NI.new_empty((*x_NI.shape[:-1], shape.out_features))
+
+        return FirstCall(method.apply, reference, plugin=self.platform, hook=f"linear_methods {method.name!r}.apply")
