@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,36 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SKIP_VARIABLE = "FAIRLEAD_CPU_SKIP_KERNELS"
 COMPILERS = ("c++", "g++", "clang++")
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden")
-# The platform picks one of these at load, by what the processor has; other machines build "generic".
+# Contraction off: a multiply-add is fused where the source says so and nowhere else, so the same row gives the same
+# bits in a kernel's main loop and in its tail.
+COMMON_FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-ftree-vectorize",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-pthread",
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+_AVX512BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
+_NEON_BF16 = "-march=armv8.2-a+dotprod+i8mm+bf16"
+# What to compile for each machine. The platform picks one of these at load, by what the processor has
+# (fairlead_cpu/native.py). One that the compiler does not know is left out and named.
 ISA_FLAGS = {
     "x86_64": {
-        "avx2": ("-mavx2", "-mfma", "-mf16c"),
-        "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "generic": (),
+        "avx2": _AVX2,
+        "avx512": _AVX512,
+        "avx512bf16": _AVX512BF16,
+        "amx": (*_AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     },
+    "aarch64": {"generic": (), "neon": (), "neon_bf16": (_NEON_BF16,)},
+    "arm64": {"generic": (), "neon": (), "neon_bf16": (_NEON_BF16,)},
 }
+# The portable sources are compiled without the vector types of ARM's base instruction set in "generic" only.
+ISA_DEFINES = {"generic": ("-DFL_PORTABLE",)}
 
 
 class KernelBuildError(Exception):
@@ -50,7 +74,9 @@ def find_compiler() -> list[str]:
     )
 
 
-def compile_kernels(csrc: Path, lib: Path, machine: str = platform.machine()) -> list[Path]:
+def compile_kernels(
+    csrc: Path, lib: Path, machine: str = platform.machine(), *, extra_flags: tuple[str, ...] = ()
+) -> list[Path]:
     """Compiles all of csrc/*.cpp into one library per instruction set of the machine, replacing what lib holds.
 
     Returns the libraries; none where there is no source or the user asked to skip them. Raises KernelBuildError.
@@ -64,16 +90,48 @@ def compile_kernels(csrc: Path, lib: Path, machine: str = platform.machine()) ->
         return []
     compiler = find_compiler()
     lib.mkdir(parents=True)
-    libraries = []
-    for isa, flags in ISA_FLAGS.get(machine, {"generic": ()}).items():
-        library = lib / f"libfairlead_cpu_{isa}.so"
-        command = [*compiler, *COMMON_FLAGS, *flags, "-o", str(library), *map(str, sources)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            shutil.rmtree(lib)
-            raise KernelBuildError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr}")
-        libraries.append(library)
-    return libraries
+    variants = {
+        isa: (*COMMON_FLAGS, *flags, *ISA_DEFINES.get(isa, ()), *extra_flags)
+        for isa, flags in ISA_FLAGS.get(machine, {"generic": ()}).items()
+        if _accepts(compiler, isa, flags)
+    }
+    try:
+        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = {isa: [Path(scratch) / f"{isa}_{source.stem}.o" for source in sources] for isa in variants}
+            compiled = [
+                pool.submit(_run, [*compiler, *flags, "-c", "-o", str(target), str(source)])
+                for isa, flags in variants.items()
+                for source, target in zip(sources, objects[isa], strict=True)
+            ]
+            try:
+                for job in compiled:
+                    job.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+            libraries = {isa: lib / f"libfairlead_cpu_{isa}.so" for isa in variants}
+            for isa, library in libraries.items():
+                _run([*compiler, *variants[isa], "-shared", "-o", str(library), *map(str, objects[isa])])
+    except KernelBuildError:
+        shutil.rmtree(lib)
+        raise
+    return sorted(libraries.values())
+
+
+def _accepts(compiler: list[str], isa: str, flags: tuple[str, ...]) -> bool:
+    """Whether the compiler knows the flags; all of them know none."""
+    if not flags:
+        return True
+    command = [*compiler, *flags, "-Werror", "-x", "c++", "-fsyntax-only", os.devnull]
+    accepted = subprocess.run(command, capture_output=True).returncode == 0
+    if not accepted:
+        print(f"warning: {shlex.join(compiler)} does not know {shlex.join(flags)}: no {isa} kernels", file=sys.stderr)
+    return accepted
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise KernelBuildError(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr}")
 
 
 class KernelBuildHook(BuildHookInterface[Any]):

@@ -48,8 +48,26 @@ def test_sources_become_one_library_per_instruction_set(hook: types.ModuleType, 
 
     if platform.machine() == "x86_64":
         libraries = hook.compile_kernels(csrc, tmp_path / "lib")
-        assert [library.name for library in libraries] == ["libfairlead_cpu_avx2.so", "libfairlead_cpu_avx512.so"]
-        assert sorted((tmp_path / "lib").iterdir()) == libraries  # the generic one of before is gone
+        names = [library.name for library in libraries]
+        assert {f"libfairlead_cpu_{isa}.so" for isa in ("generic", "avx2", "avx512")} <= set(names)
+        assert sorted((tmp_path / "lib").iterdir()) == libraries
+
+
+@needs_compiler
+def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out_and_named(
+    hook: types.ModuleType,
+    csrc: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libfairlead_cpu_old.so").touch()
+    monkeypatch.setattr(hook, "ISA_FLAGS", {"made-up": {"generic": (), "future": ("-mno-such-instructions",)}})
+    libraries = hook.compile_kernels(csrc, tmp_path / "lib", "made-up")
+    assert [library.name for library in libraries] == ["libfairlead_cpu_generic.so"]
+    assert list((tmp_path / "lib").iterdir()) == libraries  # the one of before is gone
+    assert "-mno-such-instructions: no future kernels" in capsys.readouterr().err
 
 
 def test_without_sources_nothing_happens(

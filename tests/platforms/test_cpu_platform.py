@@ -34,7 +34,8 @@ def test_probe_finds_the_host() -> None:
     (device,) = plugin.probe()
     assert isinstance(device, Device)
     assert device.name == "cpu:0"
-    assert "cores" in device.description
+    assert "kernels" in device.description
+    assert "threads" in device.description
     assert device.memory_bytes == memory.info().total_bytes
     (spec,) = plugin.fairlead_platforms()
     assert (spec.name, spec.api_version, spec.priority) == ("cpu", PLATFORM_API, 0)

@@ -10,20 +10,22 @@ from fairlead.interface import (
     Capabilities,
     Defaults,
     Device,
+    LinearMethod,
     MemoryAllocator,
     MemoryInfo,
     OpProvider,
 )
 from fairlead.ops.attention import ReferenceAttention
 from fairlead.ops.platform import BasicPlatform
-from fairlead_cpu import memory
+from fairlead_cpu import memory, native
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
+from fairlead_cpu.linear import linear_methods
 from fairlead_cpu.ops import PROVIDERS
 
 
 class CpuPlatform(BasicPlatform):
-    """Host memory and torch's CPU kernels, on all cores that torch was given."""
+    """Host memory, native kernels where the package was built with them, and torch's."""
 
     name = "cpu"
 
@@ -34,6 +36,7 @@ class CpuPlatform(BasicPlatform):
         self.capabilities = Capabilities(
             dtypes=("bfloat16", "float32"), block_sizes=(16, 8, 32, 64, 128, 1, 2, 4), batch_invariant=False
         )
+        self._kernels = native.kernels()
         self.defaults = Defaults(
             dtype="bfloat16", block_size=16, max_num_batched_tokens=2048, device_memory_utilization=0.5
         )
@@ -51,6 +54,10 @@ class CpuPlatform(BasicPlatform):
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
         """Torch's own fused kernels where it has them; native kernels register here too."""
         return PROVIDERS
+
+    def linear_methods(self) -> Mapping[str, tuple[LinearMethod, ...]]:
+        """Native kernels for every scheme, if the package was built with any."""
+        return {} if self._kernels is None else linear_methods(self._kernels, self.allocator)
 
     def memory_info(self) -> MemoryInfo:
         """The host's memory, or the control group's."""

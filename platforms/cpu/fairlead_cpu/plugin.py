@@ -1,20 +1,19 @@
 """Registers the CPU; imports no torch."""
 
-import os
 import platform as host
 from typing import TYPE_CHECKING
 
 from fairlead.interface import PLATFORM_API, Device, PlatformSpec, hookimpl
-from fairlead_cpu import memory
+from fairlead_cpu import memory, native, topology
 
 if TYPE_CHECKING:
     from fairlead.interface import Platform
 
 
 def probe() -> tuple[Device, ...] | str:
-    """The host's processors as one device."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    description = f"{host.machine()}, {num_cores} cores"
+    """The host's processors as one device; the description names the kernels' instruction set and threads."""
+    kernels = native.choose() or "none: built without"
+    description = f"{host.machine()}, kernels {kernels}, {topology.layout()}"
     return (Device(name="cpu:0", description=description, memory_bytes=memory.info().total_bytes),)
 
 

@@ -1,0 +1,138 @@
+// float32 and bfloat16 weights.
+#include "amx.h"
+#include "kernels.h"
+#include "tile.h"
+
+namespace matmul {
+namespace {
+
+// Sums in float vectors of any instruction set.
+struct FloatSums {
+  using C = float;
+  using V = Vf;
+  static constexpr int kLanes = simd::kWidth;
+  static Vf zero() { return simd::zero(); }
+  static Vf load(const float* c) { return simd::load(c); }
+  static void store(float* c, Vf v) { simd::store(c, v); }
+};
+
+template <class Base>
+struct FloatKernel : Base {
+  using Base::Base;
+  static void finish(const Call& call, const typename Base::X*, int64_t row, int64_t group, const float* c) {
+    finish_group(call, row, group, [&](int64_t at) { return simd::load(c + (at - group * kGroup)); });
+  }
+};
+
+struct Float32 : FloatSums {
+  using X = float;
+  using W = float;
+  using A = Vf;
+  using B = Vf;
+  static constexpr int kStep = 1, kRows = simd::kWidth == 16 ? 12 : 6;
+  static Vf a(const float* x, int64_t step) { return simd::set1(x[step]); }
+  static Vf b(const float* w) { return simd::load(w); }
+  static Vf mul(Vf v, Vf a, Vf b) { return simd::fma(a, b, v); }
+};
+
+struct Float32Kernel : FloatKernel<TileKernel<Float32>> {
+  using FloatKernel::FloatKernel;
+  static Rows<float> direct(const Call& call) {
+    bool as_it_is = call.layer->k % kPadK == 0 && call.layer->x_dtype == kF32;
+    return {as_it_is ? static_cast<const float*>(call.x) : nullptr, call.x_stride};
+  }
+  static int64_t row_size(const FlLinear& layer) { return round_up(layer.k, kPadK); }
+  static void prepare(const Call& call, int64_t row, float* to) { copy_row(call, row, to); }
+};
+
+#if defined(__AMX_TILE__)
+
+struct Bfloat16Base {
+  using X = bf16;
+  using C = float;
+  static constexpr int kRows = 32;
+  static constexpr int64_t kBlockK = 512;
+  const bf16* weight;
+  int64_t panel_size;
+  amx::Tiles tiles;
+  explicit Bfloat16Base(const FlLinear& layer)
+      : weight(static_cast<const bf16*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
+  void add(Rows<bf16> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
+    const bf16* w = weight + 2 * group * panel_size + k0 * kPanel;
+    tiles.add<amx::Bf16>(x.data + k0, x.stride, rows, w, panel_size, k1 - k0, c, ldc, k0 == 0);
+  }
+};
+
+#else
+
+#if defined(__AVX512BF16__)
+struct Bfloat16 : FloatSums {
+  using X = bf16;
+  using W = bf16;
+  using A = __m512i;
+  using B = __m512i;
+  static constexpr int kStep = 2, kRows = 12;
+  static A a(const bf16* x, int64_t step) {
+    int32_t pair;
+    std::memcpy(&pair, x + 2 * step, 4);
+    return _mm512_set1_epi32(pair);
+  }
+  static B b(const bf16* w) { return _mm512_loadu_si512(w); }
+  static Vf mul(Vf v, A a, B b) {
+    return {_mm512_dpbf16_ps(v.v, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a))};
+  }
+};
+#elif defined(FL_SIMD_NEON) && defined(__ARM_FEATURE_BF16)
+struct Bfloat16 : FloatSums {
+  using X = bf16;
+  using W = bf16;
+  using A = bfloat16x8_t;
+  using B = bfloat16x8_t;
+  static constexpr int kStep = 2, kRows = 6;
+  static A a(const bf16* x, int64_t step) {
+    uint32_t pair;
+    std::memcpy(&pair, x + 2 * step, 4);
+    return vreinterpretq_bf16_u32(vdupq_n_u32(pair));
+  }
+  static B b(const bf16* w) { return vreinterpretq_bf16_u16(vld1q_u16(&w->bits)); }
+  static Vf mul(Vf v, A a, B b) { return {vbfdotq_f32(v.v, b, a)}; }
+};
+#else
+struct Pair {
+  Vf even, odd;
+};
+struct Bfloat16 : FloatSums {
+  using X = float;
+  using W = bf16;
+  using A = Pair;
+  using B = Pair;
+  static constexpr int kStep = 2, kRows = simd::kWidth == 16 ? 12 : 4;
+  static A a(const float* x, int64_t step) { return {simd::set1(x[2 * step]), simd::set1(x[2 * step + 1])}; }
+  static B b(const bf16* w) {
+    Pair b;
+    simd::load_pairs(w, b.even, b.odd);
+    return b;
+  }
+  static Vf mul(Vf v, A a, B b) { return simd::fma(a.odd, b.odd, simd::fma(a.even, b.even, v)); }
+};
+#endif
+using Bfloat16Base = TileKernel<Bfloat16>;
+
+#endif
+
+struct Bfloat16Kernel : FloatKernel<Bfloat16Base> {
+  using FloatKernel::FloatKernel;
+  static Rows<X> direct(const Call& call) {
+    bool as_it_is = call.layer->k % kPadK == 0 && call.layer->x_dtype == (sizeof(X) == 2 ? kBf16 : kF32);
+    return {as_it_is ? static_cast<const X*>(call.x) : nullptr, call.x_stride};
+  }
+  static int64_t row_size(const FlLinear& layer) { return round_up(layer.k, kPadK); }
+  static void prepare(const Call& call, int64_t row, X* to) { copy_row(call, row, to); }
+};
+
+}  // namespace
+
+void run_float32(const Call& call) { run<Float32Kernel>(call); }
+void run_bfloat16(const Call& call) { run<Bfloat16Kernel>(call); }
+
+}  // namespace matmul

@@ -1,0 +1,84 @@
+// Register tiles: kRows rows of x by a group of 32 columns, written once for every element type.
+#pragma once
+#include "matmul.h"
+
+namespace matmul {
+
+#if defined(FL_SIMD_AVX512)
+constexpr int kPanelsAtOnce = 2;  // 12 rows by 2 panels: 24 of 32 registers hold sums
+#else
+constexpr int kPanelsAtOnce = 1;
+#endif
+
+// Element has
+//   X, W, C    prepared inputs, weights, sums in memory
+//   A, B, V    a broadcast input, a vector of weights, a vector of sums
+//   kLanes     columns of a V
+//   kStep      how many k one step of a panel (64 bytes) holds
+//   kRows      rows of the tile
+//   a(x, step), b(w), mul(v, a, b), zero(), load(c), store(c, v)
+template <class Element, int kTileRows>
+inline void tile(const typename Element::X* x, int64_t x_stride, const typename Element::W* w, int64_t panel_size,
+                 int64_t step0, int64_t step1, typename Element::C* c, int64_t ldc, bool from_zero) {
+  constexpr int kVectors = kPanel / Element::kLanes;
+  constexpr int kColumns = kPanelsAtOnce * kVectors;
+  constexpr int64_t kPanelStep = Element::kStep * kPanel;
+  typename Element::V sum[kTileRows][kColumns];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; i++)
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; j++)
+      sum[i][j] = from_zero ? Element::zero() : Element::load(c + i * ldc + j * Element::kLanes);
+  for (int64_t step = step0; step < step1; step++) {
+    typename Element::B b[kColumns];
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; j++)
+      b[j] = Element::b(w + j / kVectors * panel_size + step * kPanelStep +
+                        j % kVectors * (Element::kLanes * Element::kStep));
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; i++) {
+      typename Element::A a = Element::a(x + i * x_stride, step);
+#pragma GCC unroll 16
+      for (int j = 0; j < kColumns; j++) sum[i][j] = Element::mul(sum[i][j], a, b[j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; i++)
+#pragma GCC unroll 16
+    for (int j = 0; j < kColumns; j++) Element::store(c + i * ldc + j * Element::kLanes, sum[i][j]);
+}
+
+// The tile of `rows` rows, 1 to kTileRows.
+template <class Element, int kTileRows, class... Args>
+inline void tile_of(int64_t rows, const Args&... args) {
+  if constexpr (kTileRows > 1) {
+    if (rows < kTileRows) return tile_of<Element, kTileRows - 1>(rows, args...);
+  }
+  tile<Element, kTileRows>(args...);
+}
+
+// A kernel (see run) of register tiles.
+template <class Element>
+struct TileKernel {
+  using X = typename Element::X;
+  using W = typename Element::W;
+  using C = typename Element::C;
+  static constexpr int kRows = Element::kRows;
+  static constexpr int64_t kBlockK = 128 * Element::kStep;  // 16 KiB of a group's weights: half a level 1 cache
+
+  const W* weight;
+  int64_t panel_size;
+  explicit TileKernel(const FlLinear& layer)
+      : weight(static_cast<const W*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
+
+  void add(Rows<X> x, int64_t num_rows, int64_t group, int64_t k0, int64_t k1, C* c, int64_t ldc) const {
+    for (int panel = 0; panel < 2; panel += kPanelsAtOnce) {
+      const W* w = weight + (2 * group + panel) * panel_size;
+      for (int64_t row = 0; row < num_rows; row += kRows)
+        tile_of<Element, kRows>(num_rows - row, x.data + row * x.stride, x.stride, w, panel_size, k0 / Element::kStep,
+                                k1 / Element::kStep, c + row * ldc + panel * kPanel, ldc, k0 == 0);
+    }
+  }
+};
+
+}  // namespace matmul
