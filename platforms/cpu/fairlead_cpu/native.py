@@ -48,6 +48,10 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_pack_float": (None, (_I32, _I32, _P, _I32, _I64, _I64, _I64, _P)),
     "fl_pack_int8": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P, _P)),
     "fl_pack_int4": (None, (_I32, _P, _I32, _I64, _I64, _I64, _I32, _P, _P)),
+    "fl_attention_block_bytes": (_I64, (_P,)),
+    "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
+    "fl_attention_scratch_bytes": (_I64, (_P, _P)),
+    "fl_attention": (None, (_P, _P, *(_P, _I64, _I64) * 3, _P, _P, _P)),
 }
 
 
