@@ -1,5 +1,6 @@
 // The entry points: packing weights and multiplying by them.
 #include "kernels.h"
+#include "replay.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -24,6 +25,8 @@ FL_API void fl_linear(const FlLinear* layer, const void* x, int64_t x_stride, in
       return run_int4(call);
   }
 }
+
+FL_RECORDABLE(fl_linear)
 
 // Asks for huge pages under [p, p + bytes). Call it before the memory is first written.
 FL_API void fl_advise_huge_pages(void* p, int64_t bytes) {
