@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from fairlead_cpu.arena import Arena
 from fairlead_cpu.native import SIGNATURES, Kernels, RecordedCall
@@ -22,34 +22,43 @@ from fairlead_cpu.native import SIGNATURES, Kernels, RecordedCall
 MAX_ARGUMENTS = 20
 _MAX_ROWS = 64  # of a recorded step; in larger ones the arithmetic outweighs Python
 _MAX_RECORDINGS = 64
-_CREATES = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.empty_like.default,
-}
+_CREATE = ("empty", "new_empty", "empty_like")
+_LOOK = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__", "__setitem__")
 
 logger = logging.getLogger("fairlead.cpu")
 Forward = Callable[..., torch.Tensor]
 
 
-class _Watch(TorchDispatchMode):
-    """Gives new tensors memory of the arena, and notes what else than kernels computes anything."""
+class _Watch(TorchFunctionMode):
+    """Gives new tensors memory of the arena, and notes what else than kernels computes, or looks at, anything.
+
+    (A dispatch mode would see more, but its first use imports sympy and the compiler's front end, for seconds.)
+    """
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()
         self._arena = arena
         self.foreign: set[str] = set()
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _CREATES:
+        result, name = func(*args, **(kwargs or {})), func.__name__
+        if name in _CREATE:
             return self._arena.empty(tuple(result.shape), result.dtype)
-        returns = func._schema.returns
-        if not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns):
-            self.foreign.add(str(func))
+        if name in _LOOK or name.rstrip("_") + "_" == name:
+            self.foreign.add(name)
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and not any(_shares(tensor, argument) for argument in args):
+                self.foreign.add(name)
         return result
+
+
+def _shares(tensor: torch.Tensor, argument: object) -> bool:
+    """Whether a result is a view of an argument, or the argument itself."""
+    return isinstance(argument, torch.Tensor) and (
+        tensor.untyped_storage().data_ptr() == argument.untyped_storage().data_ptr()
+    )
 
 
 class _Recording:
