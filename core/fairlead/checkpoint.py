@@ -4,6 +4,7 @@ Everything that can be wrong with the files is found here, before any memory is 
 Source of the format: https://github.com/huggingface/safetensors, README, "Format".
 """
 
+import errno
 import json
 import math
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ class StoredTensor:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in the file."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +156,8 @@ def _download(config: ModelConfig) -> Path:
         )
     except Exception as error:  # the hub raises many types (HTTP, offline, missing, gated); each is a missing model
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.ENOSPC):
+            reason += "; choose another place with --download-dir"
         raise ModelNotFoundError(f"{config.model!r} is no directory here, and the download failed: {reason}") from error
 
 

@@ -93,10 +93,14 @@ class CacheConfig:
         None, "Number of KV blocks, in place of a size.", aliases=("num_gpu_blocks_override",)
     )
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
+    swap_space: float = setting(
+        0.0, "GiB of host memory for KV blocks that the device has no room for; they come back if that saves time."
+    )
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_blocks", "kv_cache_memory"):
             _at_least(self, name, 1, optional=True)
+        _at_least(self, "swap_space", 0)
         share = self.device_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"device_memory_utilization must be in (0, 1], got {share!r}")

@@ -18,12 +18,14 @@ _METHODS = (
     "graph_runner",
     "communicator",
     "memory_info",
+    "memory_profile",
+    "max_swap_bytes",
     "stream",
     "synchronize",
     "seed",
 )
 _ALLOCATOR = ("empty", "allocated_bytes", "offload", "discard", "restore")
-_BACKEND = ("block_bytes", "allocate", "plan", "forward", "copy_blocks")
+_BACKEND = ("block_bytes", "allocate", "plan", "forward", "copy_blocks")  # and, to swap, the copies to the host
 _LINEAR = ("refuses", "packed_bytes", "pack", "apply", "dequantise")
 _GRAPH_RUNNER = ("bucket", "run")
 

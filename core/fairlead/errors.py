@@ -5,7 +5,8 @@
     ├── ModelError                        a checkpoint cannot be used
     │   ├── ModelNotFoundError            no such directory, no config.json, no weights
     │   ├── CheckpointError               a file of it is broken (names file and tensor)
-    │   └── UnsupportedModelError         no model class for its architecture (lists those there are)
+    │   ├── UnsupportedModelError         no model class for its architecture (lists those there are)
+    │   └── ModelMemoryError              it does not fit into memory (names needed, available, what to do)
     ├── PluginError                       a platform plugin is unusable
     │   ├── PluginContractError           it broke the contract (names plugin, hook, expected, got)
     │   └── PlatformUnavailableError      it was asked for and is not there, or refused (says why)
@@ -40,6 +41,10 @@ class CheckpointError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """No model class serves this architecture or one of its settings; the message lists what is served."""
+
+
+class ModelMemoryError(ModelError):
+    """A model does not fit into memory; the message names needed, available and what to do."""
 
 
 class PluginError(FairleadError):

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -20,6 +20,9 @@ from fairlead.config import PlatformConfig
 from fairlead.contract import check_platform
 from fairlead.errors import FairleadError, PlatformUnavailableError, PluginContractError, PluginError, RequestError
 from fairlead.interface import PLATFORM_API, Device, LogitsProcessor, Platform, PlatformSpec, SchedulingPolicy
+
+if TYPE_CHECKING:
+    from fairlead.ops.listing import ProviderEntry
 
 ENTRY_POINT_GROUP = "fairlead.platforms"
 PROCESSOR_GROUP = "fairlead.logits_processors"
@@ -361,6 +364,13 @@ def create(record: PlatformRecord, device: Device) -> Platform:
         ) from error
     check_platform(platform, record.name, device)
     return platform
+
+
+def providers(name: str) -> "list[ProviderEntry]":
+    """Creates the named platform on its first device and lists what it brings. Raises as `choose` and `create` do."""
+    from fairlead.ops.listing import list_providers  # torch enters here
+
+    return list_providers(create(*choose(PlatformConfig(platform=name))))
 
 
 def _one_line(error: BaseException) -> str:

@@ -248,6 +248,10 @@ class EngineInfo:
     num_blocks: int
     weights_bytes: int
     kv_cache_bytes: int
+    activation_bytes: int = 0  # the most that a step takes beside these
+    activations_measured: bool = False  # in a step of the loaded model, rather than estimated from its shapes
+    swap_bytes: int = 0  # host memory for KV blocks
+    swap_costs: str = ""  # what moving a block costs against computing it, where there is swap space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +262,8 @@ class EngineStats:
     num_requests_waiting: int = 0
     kv_cache_usage: float = 0.0  # share of blocks that a sequence holds, 0 to 1
     num_preemptions: int = 0
+    num_blocks_swapped_out: int = 0  # KV blocks copied to the host
+    num_blocks_swapped_in: int = 0  # and back
     num_prompt_tokens: int = 0
     num_cached_prompt_tokens: int = 0
     num_generation_tokens: int = 0

@@ -24,13 +24,17 @@ def banner(info: EngineInfo, asked: PlatformConfig, host: str, port: int) -> str
 def engine_lines(info: EngineInfo, asked: PlatformConfig) -> dict[str, str]:
     """The banner's lines on the engine, by name."""
     num_tokens = info.num_blocks * info.block_size
-    return {
+    lines = {
         "model": f"{info.model}, {info.dtype}, weights {info.weights_bytes / 2**30:.2f} GiB",
         "platform": f"{info.platform}, {info.device}; {_why(info.platform, asked)}",
         "attention": info.attention_backend,
         "KV cache": f"{info.num_blocks} blocks = {num_tokens} tokens = {num_tokens / info.max_model_len:.1f} concurrent"
         f" requests × {info.max_model_len} tokens ({info.kv_cache_bytes / 2**30:.2f} GiB)",
+        "step": f"at most {info.activation_bytes / 2**30:.2f} GiB more, measured"
+        if info.activations_measured
+        else f"at least {info.activation_bytes / 2**30:.2f} GiB more, estimated from the model's shapes",
     }
+    return lines | ({"swap": f"{info.swap_bytes / 2**30:.2f} GiB; {info.swap_costs}"} if info.swap_costs else {})
 
 
 def layout(lines: dict[str, str]) -> str:

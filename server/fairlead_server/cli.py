@@ -1,5 +1,6 @@
 """The `fairlead` command. Importing this module, and printing any help, imports neither torch nor a web framework."""
 
+import dataclasses
 import json
 import sys
 import traceback
@@ -10,7 +11,7 @@ import typer
 from fairlead import __version__
 from fairlead.config import engine_settings
 from fairlead.errors import ConfigError, FairleadError
-from fairlead.plugins import PlatformRecord, discover
+from fairlead.plugins import PlatformRecord, discover, providers
 from fairlead_server.cli_options import gather, server_settings, with_options
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -93,9 +94,17 @@ def run(
 @app.command()
 def platforms(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ops: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Create this platform and list its attention, linear and op providers."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """List the platform plugins: which were found, which can be used, and why the others cannot."""
+    if ops is not None:
+        entries = [dataclasses.asdict(entry) for entry in providers(ops)]
+        print(json.dumps(entries, indent=2)) if as_json else _print_providers(entries)
+        return
     records = discover()
     if as_json:
         print(json.dumps([_platform_entry(record) for record in records], indent=2))
@@ -120,7 +129,7 @@ def _platform_entry(record: PlatformRecord) -> dict[str, Any]:
 
 
 def _print_table(entries: list[dict[str, Any]]) -> None:
-    rows = [("NAME", "STATUS", "PRIORITY", "PLUGIN", "DEVICES, OR WHY NOT")]
+    rows: list[tuple[str, ...]] = [("NAME", "STATUS", "PRIORITY", "PLUGIN", "DEVICES, OR WHY NOT")]
     for entry in entries:
         devices = ", ".join(
             f"{d['name']}: {d['description']}, {d['memory_bytes'] / 2**30:.1f} GiB" for d in entry["devices"]
@@ -128,9 +137,25 @@ def _print_table(entries: list[dict[str, Any]]) -> None:
         priority = "" if entry["priority"] is None else str(entry["priority"])
         plugin = f"{entry['distribution']} {entry['version']}"
         rows.append((entry["name"], entry["status"], priority, plugin, devices or entry["reason"] or ""))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    _print_rows(rows)
+
+
+def _print_providers(entries: list[dict[str, Any]]) -> None:
+    rows: list[tuple[str, ...]] = [("KIND", "NAME", "PROVIDER", "PRIORITY", "CHOSEN FOR", "REFUSES")]
+    for entry in entries:
+        priority = "" if entry["priority"] is None else str(entry["priority"])
+        refused = "; ".join(f"{dtype}: {reason}" for dtype, reason in entry["refused"].items())
+        chosen = ", ".join(entry["chosen_for"])
+        rows.append((entry["kind"], entry["name"], entry["provider"], priority, chosen, refused))
+    _print_rows(rows)
+
+
+def _print_rows(rows: list[tuple[str, ...]]) -> None:
+    """In columns; the last one may be of any width."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]))
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
+        print("  ".join([*cells, row[-1]]).rstrip())
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -22,6 +22,8 @@ _GAUGES = {
 }
 _COUNTERS = {
     "num_preemptions": ("num_preemptions", "Sequences that lost their blocks and were computed again."),
+    "kv_blocks_swapped_out": ("num_blocks_swapped_out", "KV blocks copied to the host."),
+    "kv_blocks_swapped_in": ("num_blocks_swapped_in", "KV blocks copied back from the host."),
     "prompt_tokens": ("num_prompt_tokens", "Prompt tokens of the requests that were taken up."),
     "prompt_tokens_cached": ("num_cached_prompt_tokens", "Prompt tokens whose blocks were found in the prefix cache."),
     "generation_tokens": ("num_generation_tokens", "Tokens generated."),

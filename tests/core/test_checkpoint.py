@@ -1,6 +1,8 @@
 """Checkpoints on disk, whole and broken: each fault is one error that names the file, and the tensor if it has one."""
 
+import errno
 import json
+import os
 import random
 import tracemalloc
 from collections.abc import Callable
@@ -87,6 +89,16 @@ def test_a_hub_id_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ModelNotFoundError, match="'acme/no-such-model' is no directory here") as error:
         open_checkpoint("acme/no-such-model")
     one_line(error)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def download(*args: object, **kwargs: object) -> str:
+        raise OSError(number, os.strerror(number), "/cache/models--acme")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ModelNotFoundError, match=r"'/cache/models--acme'; choose another place with --download-dir"):
+        open_checkpoint("acme/model")
 
 
 def test_no_config(model: Path) -> None:

@@ -20,6 +20,13 @@ from fairlead.errors import ConfigError
 CLASSES = (ModelConfig, CacheConfig, SchedulerConfig, PlatformConfig, ServerConfig)
 
 
+def test_swap_space_is_a_number_of_gib_from_none_on() -> None:
+    assert EngineConfig().cache.swap_space == 0
+    assert EngineConfig.of(swap_space=0.25).cache.swap_space == 0.25
+    with pytest.raises(ConfigError, match="swap_space must be at least 0, got -1"):
+        EngineConfig.of(swap_space=-1)
+
+
 def test_defaults_are_valid() -> None:
     config = EngineConfig()
     assert (config.model.model, config.model.dtype, config.cache.enable_prefix_caching) == ("demo", "auto", True)

@@ -1,6 +1,7 @@
 """The CPU's attention backends against a float64 oracle that walks token by token through the block tables."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,35 @@ import torch
 from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec
 from fairlead.ops.attention import ReferenceAttention, SlotCache
 from fairlead.ops.table import TOLERANCE
-from fairlead_cpu import attention
+from fairlead_cpu import attention, native, topology
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
+from fairlead_cpu.native_attention import BlockCache, NativeAttention
 
-BACKENDS = ("sdpa", "reference")
+NATIVE = tuple(f"native {isa}" for isa in native.usable())
+SLOTTED = ("sdpa", "reference")
+BACKENDS = (*NATIVE, *SLOTTED)
 
 
-def make_backend(name: str, shape: AttentionShape) -> SdpaAttention | ReferenceAttention:
+@functools.cache
+def kernels(isa: str) -> native.Kernels:
+    """The library of one instruction set, with two threads whatever the machine has."""
+    return native.Kernels(isa, topology.Layout(cpus=(-1, -1), bound=False, reason="test"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_end() -> Iterator[None]:
+    yield
+    for name in NATIVE:
+        kernels(name.split()[1]).call.fl_pool_shutdown()
+
+
+Backend = NativeAttention | SdpaAttention | ReferenceAttention
+
+
+def make_backend(name: str, shape: AttentionShape) -> Backend:
+    if name in NATIVE:
+        return NativeAttention(shape, HostAllocator(), kernels(name.split()[1]))
     if name == "sdpa":
         return SdpaAttention(shape, HostAllocator())
     return ReferenceAttention(shape, HostAllocator(), torch.device("cpu"))
@@ -175,26 +197,54 @@ def oracle(case: Case, inputs: Inputs) -> np.ndarray:
     return out
 
 
-def run(name: str, case: Case, inputs: Inputs) -> tuple[torch.Tensor, SlotCache]:
+def make_cache(backend: Backend, num_blocks: int, inputs: Inputs) -> SlotCache | BlockCache:
+    """A cache with the contents of `inputs`; in the native layout, NaN wherever nothing was written."""
+    if not isinstance(backend, NativeAttention):
+        k_cache = inputs.k_cache.clone()
+        return SlotCache(k=k_cache, v=k_cache if inputs.v is None else inputs.v_cache.clone())
+    cache = backend.allocate(num_blocks)[0]
+    assert isinstance(cache, BlockCache)
+    cache.blocks.view(inputs.q.dtype).fill_(torch.nan)
+    slots = torch.nonzero(~inputs.k_cache.flatten(1).isnan().any(1))[:, 0]
+    none = np.zeros(0, np.int32)
+    write_only = AttentionMetadata(
+        query_lens_S=none,
+        seq_lens_S=none,
+        block_tables_SB=none.reshape(0, 1),
+        slot_mapping_T=slots.numpy().astype(np.int32),
+    )
+    q = inputs.q.new_zeros((len(slots), *inputs.q.shape[1:]))
+    v = None if inputs.v is None else inputs.v_cache[slots]
+    backend.forward(q, inputs.k_cache[slots], v, cache, backend.plan(write_only))
+    return cache
+
+
+def run(name: str, case: Case, inputs: Inputs) -> tuple[torch.Tensor, SlotCache | BlockCache]:
     """A step on copies of the caches; returns the output and the caches after it."""
     backend = make_backend(name, case.shape)
-    k_cache = inputs.k_cache.clone()
-    cache = SlotCache(k=k_cache, v=k_cache if inputs.v is None else inputs.v_cache.clone())
+    cache = make_cache(backend, case.num_blocks, inputs)
     return backend.forward(inputs.q, inputs.k, inputs.v, cache, backend.plan(case.metadata())), cache
 
 
-def check(name: str, rng: np.random.Generator, case: Case, *, fused: bool = False) -> None:
-    """Output against the oracle; inputs and other slots unchanged."""
+def check(rng: np.random.Generator, case: Case, *, fused: bool = False, names: tuple[str, ...] = BACKENDS) -> None:
+    """Every backend against the oracle; inputs and other slots unchanged."""
     inputs = make_inputs(rng, case, fused)
+    expected = oracle(case, inputs)
+    for name in names:
+        check_backend(name, case, inputs, expected)
+
+
+def check_backend(name: str, case: Case, inputs: Inputs, expected: np.ndarray) -> None:
     given = [x for x in (inputs.q, inputs.k, inputs.v) if x is not None]
     before = [x.clone() for x in given]
     out, cache = run(name, case, inputs)
-    expected = oracle(case, inputs)
     assert out.shape == expected.shape
     assert out.dtype == inputs.q.dtype
     tolerance = TOLERANCE[case.shape.dtype]
-    np.testing.assert_allclose(out.double().numpy(), expected, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(out.double().numpy(), expected, atol=tolerance, rtol=tolerance, err_msg=name)
     assert all(torch.equal(x, y) for x, y in zip(before, given, strict=True)), "an input was changed"
+    if isinstance(cache, BlockCache):
+        return  # what it holds shows in what is read: test_steps_over_one_cache_equal_one_whole_prompt
     mapping = torch.from_numpy(case.metadata().slot_mapping_T).long()
     for written, new, old in ((cache.k, inputs.k, inputs.k_cache), (cache.v, inputs.v, inputs.v_cache)):
         expected_cache = old.clone()
@@ -205,42 +255,37 @@ def check(name: str, rng: np.random.Generator, case: Case, *, fused: bool = Fals
 EDGES = [(1, 1), (1, 15), (1, 16), (1, 17), (15, 15), (16, 16), (17, 17), (2, 17), (16, 33), (1, 33), (5, 21), (2, 2)]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("lens", EDGES, ids=str)
-def test_one_sequence_at_block_edges(name: str, lens: tuple[int, int]) -> None:
+def test_one_sequence_at_block_edges(lens: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
-    check(name, rng, make_case(rng, make_shape(), [lens]))
+    check(rng, make_case(rng, make_shape(), [lens]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head_size", [16, 64, 80, 96, 128, 256])
-def test_head_sizes(name: str, head_size: int, dtype: str) -> None:
+def test_head_sizes(head_size: int, dtype: str) -> None:
     rng = np.random.default_rng(head_size)
-    check(name, rng, make_case(rng, make_shape(head_size=head_size, dtype=dtype), EDGES), fused=True)
+    check(rng, make_case(rng, make_shape(head_size=head_size, dtype=dtype), EDGES), fused=True)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("heads", [(1, 1), (2, 2), (4, 2), (6, 2), (8, 1), (7, 1), (16, 1)], ids=str)
-def test_head_ratios(name: str, heads: tuple[int, int]) -> None:
+def test_head_ratios(heads: tuple[int, int]) -> None:
     rng = np.random.default_rng(heads[0])
-    check(name, rng, make_case(rng, make_shape(num_heads=heads[0], num_kv_heads=heads[1]), EDGES))
+    check(rng, make_case(rng, make_shape(num_heads=heads[0], num_kv_heads=heads[1]), EDGES))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_attention(name: str, kind: str, dtype: str) -> None:
+def test_kinds_of_attention(kind: str, dtype: str) -> None:
     rng = np.random.default_rng(len(kind))
     lens = [*EDGES, (1, 90), (1, 64), (7, 64), (23, 24), (40, 40), (41, 41), (50, 90), (24, 100), (1, 91)]
-    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), lens), fused=True)
-    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(64, 64)]))
-    check(name, rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(1, 64)]))
+    check(rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), lens), fused=True)
+    check(rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(64, 64)]))
+    check(rng, make_case(rng, make_shape(dtype=dtype, **KINDS[kind]), [(1, 64)]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("block_size", [1, 8, 16, 64])
-def test_random_mixes(name: str, block_size: int, count: Callable[..., int]) -> None:
+def test_random_mixes(block_size: int, count: Callable[..., int]) -> None:
     rng = np.random.default_rng(block_size)
     for i in range(count(6, full=300)):
         lens = []
@@ -259,7 +304,7 @@ def test_random_mixes(name: str, block_size: int, count: Callable[..., int]) -> 
             alibi=bool(rng.random() < 0.3),
             value_size=int(rng.integers(1, 9)) if num_kv_heads == 1 and rng.random() < 0.5 else None,
         )
-        check(name, rng, make_case(rng, shape, lens), fused=bool(i % 3))
+        check(rng, make_case(rng, shape, lens), fused=bool(i % 3))
 
 
 @pytest.mark.parametrize("kind", ["full", "window over blocks", "cap", "latent", "window, cap"])
@@ -270,7 +315,7 @@ def test_a_step_is_cut_to_bounded_masks(num_tokens: int, kind: str, monkeypatch:
     monkeypatch.setattr(attention, "_MAX_SCORES", num_tokens)
     lens = [(40, 90), (1, 70), (33, 33), (1, 64), (7, 100), (1, 65), (1, 1), (12, 13)]
     case = make_case(rng, make_shape(**KINDS[kind]), lens)
-    check("sdpa", rng, case)
+    check(rng, case, names=("sdpa",))
     plan = SdpaAttention(case.shape, HostAllocator()).plan(case.metadata())
     assert isinstance(plan, attention._Plan)
     masks = [g.mask for g in plan.groups if g.mask is not None]
@@ -278,17 +323,15 @@ def test_a_step_is_cut_to_bounded_masks(num_tokens: int, kind: str, monkeypatch:
     assert max(m.numel() for m in masks) <= max(num_tokens, 100)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_many_short_prompts_and_decodes_at_once(name: str) -> None:
+def test_many_short_prompts_and_decodes_at_once() -> None:
     rng = np.random.default_rng(2)
     lens = (
         [(n, n) for n in range(1, 20)] + [(1, int(n)) for n in rng.integers(1, 290, 40)] + [(3, n) for n in (3, 9, 50)]
     )
-    check(name, rng, make_case(rng, make_shape(), [lens[i] for i in rng.permutation(len(lens))]))
+    check(rng, make_case(rng, make_shape(), [lens[i] for i in rng.permutation(len(lens))]))
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_sequences_share_blocks(name: str) -> None:
+def test_sequences_share_blocks() -> None:
     """Sequences 0 and 1 decode over the same first two blocks; 2 and 3 read what 0 wrote in earlier steps."""
     rng = np.random.default_rng(3)
     case = Case(
@@ -298,11 +341,10 @@ def test_sequences_share_blocks(name: str) -> None:
         tables=[[4, 2, 7], [4, 2, 5], [4, 2, 1], [4, 2, 6, 3, 0]],
         num_blocks=9,
     )
-    check(name, rng, case)
+    check(rng, case)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_a_sequence_reads_a_block_that_another_fills_in_the_same_step(name: str) -> None:
+def test_a_sequence_reads_a_block_that_another_fills_in_the_same_step() -> None:
     rng = np.random.default_rng(4)
     case = Case(
         shape=make_shape(block_size=8),
@@ -311,7 +353,7 @@ def test_a_sequence_reads_a_block_that_another_fills_in_the_same_step(name: str)
         tables=[[4, 2, 7], [4, 2], [4, 5]],
         num_blocks=9,
     )
-    check(name, rng, case)
+    check(rng, case)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -321,7 +363,8 @@ def test_steps_over_one_cache_equal_one_whole_prompt(name: str, kind: str) -> No
     whole = make_case(rng, make_shape(**{"block_size": 8, **KINDS[kind]}), [(50, 50)])
     inputs = make_inputs(rng, whole)
     expected, _ = run(name, whole, inputs)
-    backend, cache = make_backend(name, whole.shape), SlotCache(k=inputs.k_cache, v=inputs.v_cache)
+    backend = make_backend(name, whole.shape)
+    cache = make_cache(backend, whole.num_blocks, inputs)
     done = 0
     for size in (1, 7, 8, 9, 1, 1, 16, 7):
         rows = slice(done, done + size)
@@ -352,7 +395,7 @@ def test_a_sequence_with_nan_fails_alone(name: str, kind: str) -> None:
     assert torch.equal(out[others], healthy[others])
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOTTED)
 def test_blocks_are_copied_in_the_order_given(name: str) -> None:
     backend = make_backend(name, make_shape(block_size=4))
     caches = [cache for cache in backend.allocate(6) if isinstance(cache, SlotCache)]
@@ -365,7 +408,38 @@ def test_blocks_are_copied_in_the_order_given(name: str) -> None:
         assert tensor[:, 0, 0].tolist() == [x for b in (0, 5, 1, 1, 4, 5) for x in [b] * 4]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOTTED)
+@pytest.mark.parametrize("kind", ["keys and values", "latent"])
+def test_blocks_go_to_the_host_and_come_back_in_the_order_given(name: str, kind: str) -> None:
+    """Three device blocks, two host blocks; each holds its number, and each layer its own."""
+    backend = make_backend(name, make_shape(num_layers=2, block_size=4, **(LATENT if kind == "latent" else {})))
+    caches = [cache for cache in backend.allocate(3) if isinstance(cache, SlotCache)]
+    hosts = [cache for cache in backend.allocate_host(2) if isinstance(cache, SlotCache)]
+    assert len(caches) == len(hosts) == 2
+    assert all((cache.v is cache.k) == (kind == "latent") for cache in (*caches, *hosts))
+    assert [host.k.shape for host in hosts] == [(8, *cache.k.shape[1:]) for cache in caches]
+
+    def blocks(cache: SlotCache) -> list[list[float]]:
+        for tensor in (cache.k, cache.v):
+            assert torch.equal(tensor, tensor[:, :1, :1].expand_as(tensor))
+        return [tensor[::4, 0, 0].tolist() for tensor in (cache.k, cache.v)]
+
+    for layer, cache in enumerate(caches):
+        for number, tensor in enumerate((cache.k, cache.v)[: 1 if cache.v is cache.k else 2]):
+            values = torch.arange(3.0) + 10 * layer + 100 * number
+            tensor.copy_(values.repeat_interleave(4)[:, None, None].expand_as(tensor))
+    backend.copy_to_host(caches, hosts, [(0, 1), (1, 0), (2, 1)])
+
+    def holding(*numbers: float) -> list[list[list[float]]]:
+        bases = [(10 * layer, 10 * layer + 100 * (kind != "latent")) for layer in (0, 1)]
+        return [[[base + number for number in numbers] for base in pair] for pair in bases]
+
+    assert [blocks(host) for host in hosts] == holding(1, 2)
+    backend.copy_from_host(hosts, caches, [(0, 0), (1, 1), (0, 1)])
+    assert [blocks(cache) for cache in caches] == holding(1, 1, 2)
+
+
+@pytest.mark.parametrize("name", SLOTTED)
 def test_block_bytes_are_what_the_allocator_hands_out(name: str) -> None:
     allocator = HostAllocator()
     shape = make_shape(num_layers=3, num_heads=6, num_kv_heads=2, head_size=20, block_size=8, dtype="bfloat16")
@@ -378,7 +452,7 @@ def test_block_bytes_are_what_the_allocator_hands_out(name: str) -> None:
     assert allocator.allocated_bytes("kv_cache") == 11 * backend.block_bytes() == 11 * 3 * 2 * 8 * 2 * 20 * 2
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("name", SLOTTED)
 def test_latent_values_are_stored_once(name: str) -> None:
     backend = make_backend(name, make_shape(num_layers=2, block_size=8, dtype="bfloat16", **LATENT))
     assert backend.block_bytes() == 2 * 8 * 20 * 2
@@ -394,4 +468,4 @@ def test_latent_values_are_stored_once(name: str) -> None:
 def test_the_scale_is_the_shapes() -> None:
     rng = np.random.default_rng(8)
     shape = make_shape(num_heads=2, num_kv_heads=1, block_size=4, scale=1.0)
-    check("sdpa", rng, make_case(rng, shape, [(1, 9), (5, 9), (6, 6)]))
+    check(rng, make_case(rng, shape, [(1, 9), (5, 9), (6, 6)]))

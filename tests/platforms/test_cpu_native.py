@@ -127,13 +127,15 @@ def test_the_best_library_that_was_built_and_that_the_processor_has_is_taken(
     for isa in ("generic", "avx2", "avx512"):
         (tmp_path / f"libfairlead_cpu_{isa}.so").touch()
     zen4 = native._NEEDS["avx512bf16"]
+    monkeypatch.setattr(native, "_LIB", tmp_path)
     monkeypatch.setattr(native, "_features", lambda: zen4)
-    assert native.usable(tmp_path) == ("avx512", "avx2", "generic")
+    assert native.usable() == ("avx512", "avx2", "generic")
     monkeypatch.setattr(native, "_features", lambda: zen4 - {"avx512f"})
-    assert native.usable(tmp_path) == ("avx2", "generic")
+    assert native.usable() == ("avx2", "generic")
     monkeypatch.setattr(native, "_features", frozenset)
-    assert native.usable(tmp_path) == ("generic",)
-    assert native.usable(tmp_path / "nowhere") == ()
+    assert native.usable() == ("generic",)
+    monkeypatch.setattr(native, "_LIB", tmp_path / "nowhere")
+    assert native.usable() == ()
 
 
 @pytest.fixture

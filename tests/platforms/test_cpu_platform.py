@@ -10,7 +10,7 @@ import torch
 
 from fairlead.errors import ConfigError
 from fairlead.interface import PLATFORM_API, AttentionShape, AttentionSpec, Device
-from fairlead_cpu import memory, plugin
+from fairlead_cpu import memory, native, plugin
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.platform import CpuPlatform
 
@@ -136,7 +136,10 @@ def test_too_large_an_allocation_is_a_memory_error() -> None:
 
 
 def test_attention_backends_are_made_by_name(platform: CpuPlatform) -> None:
-    assert platform.attention_backends()[0] == "sdpa"
+    kernels = native.kernels()
+    names = () if kernels is None else ("native",)
+    assert platform.attention_backends() == (*names, "sdpa", "reference")
+    assert platform.capabilities.batch_invariant == (kernels is not None)
     for name in platform.attention_backends():
         backend = platform.attention(name, SHAPE)
         assert backend.name == name
@@ -145,7 +148,7 @@ def test_attention_backends_are_made_by_name(platform: CpuPlatform) -> None:
 
 
 def test_an_unknown_backend_is_an_error_that_lists_them(platform: CpuPlatform) -> None:
-    with pytest.raises(ConfigError, match="no attention backend 'flash'; it has: sdpa, reference"):
+    with pytest.raises(ConfigError, match="no attention backend 'flash'; it has: (native, )?sdpa, reference"):
         platform.attention("flash", SHAPE)
 
 

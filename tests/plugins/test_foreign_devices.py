@@ -174,3 +174,31 @@ def test_hello_is_short() -> None:
     source = (folder / "acme_hello_platform.py").read_text()
     functions = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     assert functions == ["memory_info"]
+
+
+FAMILIES = """
+import sys
+from pathlib import Path
+from fairlead import LLM, SamplingParams
+from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
+
+settings = dict(dtype="float32", attention_backend="reference", num_blocks=60, max_num_batched_tokens=64)
+prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (2, 30)]
+for kind in sys.argv[2:]:
+    model = write_tiny_checkpoint(Path(sys.argv[1]) / kind, kind)
+    found = []
+    for name in ("cpu", "toy"):
+        llm = LLM(str(model), platform=name, skip_tokenizer_init=True, **settings)
+        outputs = llm.generate(prompts, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+        found.append([list(o.outputs[0].token_ids) for o in outputs])
+    print(kind, found[0] == found[1])
+"""
+
+
+def test_other_families_run_on_a_foreign_device(run: Run, tmp_path: Path) -> None:
+    """Experts, sliding windows, latent attention, and modelling code of transformers."""
+    skip_without_toy(run)
+    kinds = ["mixtral", "gemma2", "deepseek_v3", "gpt2", "cohere"]
+    done = run("-c", FAMILIES, str(tmp_path), *kinds)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{kind} True" for kind in kinds]

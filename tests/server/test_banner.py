@@ -1,5 +1,7 @@
 """What a server says about itself."""
 
+from dataclasses import replace
+
 import pytest
 
 from fairlead.config import PlatformConfig
@@ -36,6 +38,12 @@ def test_the_banner_says_what_fits_and_how_to_ask() -> None:
     ):
         assert part in text
     assert "warning" not in text
+
+
+def test_the_banner_names_swap_space_where_it_was_asked_for() -> None:
+    assert "swap" not in banner(INFO, PlatformConfig(), "127.0.0.1", 1)
+    info = replace(INFO, swap_bytes=2**30, swap_costs="1 ms to copy")
+    assert "swap       1.00 GiB; 1 ms to copy" in banner(info, PlatformConfig(), "127.0.0.1", 1)
 
 
 def test_the_banner_says_why_the_platform_was_chosen() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from typing import Any
 import pytest
 
 import fairlead
+from fairlead import demo
 from fairlead.config import ServerConfig, engine_settings, settings_of
 from fairlead.errors import ConfigError
+from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_server import cli
 from fairlead_server.cli_options import ACCEPTED, gather
 
@@ -203,6 +206,22 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, expected: str) -> None
     assert str(file) in str(raised.value)
 
 
+def test_the_providers_of_a_platform(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = invoke(capsys, "platforms", "--ops", "cpu")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["KIND", "NAME", "PROVIDER", "PRIORITY", "CHOSEN", "FOR", "REFUSES"]
+    assert ["op", "rms_norm", "torch", "10", "bfloat16,", "float32"] in rows
+    assert ["op", "rms_norm", "reference", "0"] in rows
+    code, out, _ = invoke(capsys, "platforms", "--ops", "cpu", "--json")
+    entries = json.loads(out)
+    assert code == 0
+    for kind, name in (("attention", ""), ("linear", "unquantized"), ("linear", "int8"), ("op", "draw")):
+        found = [e for e in entries if (e["kind"], e["name"]) == (kind, name)]
+        assert sorted(dtype for e in found for dtype in e["chosen_for"]) == ["bfloat16", "float32"]
+    assert "there is no platform 'acme'" in fails(capsys, 1, "platforms", "--ops", "acme")
+
+
 @pytest.mark.parametrize("arguments", ["--help", "serve --help", "run --help", "platforms", "--version"])
 def test_what_only_informs_imports_nothing_heavy(arguments: str) -> None:
     code = (
@@ -223,8 +242,9 @@ def test_what_only_informs_imports_nothing_heavy(arguments: str) -> None:
     ("arguments", "status", "expected"),
     [
         ("--num-blocks 64", 0, "64 blocks = 1024 tokens = 1.0 concurrent requests × 1024 tokens"),
+        ("", 0, "step       at least 0.01 GiB more, estimated from the model's shapes"),
         ("--num-blocks 10", 1, "set --max-model-len to at most 160"),
-        ("--attention-backend none", 2, "attention_backend none (it has sdpa, reference)"),
+        ("--attention-backend none", 2, "attention_backend none (it has "),
     ],
 )
 def test_a_dry_run_says_what_fits_and_serves_nothing(arguments: str, status: int, expected: str) -> None:
@@ -233,6 +253,47 @@ def test_a_dry_run_says_what_fits_and_serves_nothing(arguments: str, status: int
     assert done.returncode == status
     assert expected in (done.stderr if status else done.stdout)
     assert "http" not in done.stdout
+
+
+@pytest.fixture
+def huge(tmp_path: Path) -> str:
+    """A model whose config asks for more weights than any machine holds; its files are small."""
+    write_tiny_llama(tmp_path, vocab_size=1024)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.path() / name, tmp_path / name)
+    sizes = {"hidden_size": 2**16, "intermediate_size": 2**20, "num_hidden_layers": 500, "num_attention_heads": 512}
+    config = json.loads((tmp_path / "config.json").read_text()) | sizes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], ["--port", "0"], ["--port", "0", "--num-blocks", "64"]], ids=str)
+def test_weights_that_cannot_fit_are_told_before_anything_is_allocated(huge: str, options: list[str]) -> None:
+    command = [sys.executable, "-m", "fairlead_server.cli", "serve", huge, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    message = r"error: the weights need \d+\.\d\d GiB in float32, but platform 'cpu' has .* free of .*; take a smaller"
+    assert re.match(message, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_run_tells_it_too(capsys: pytest.CaptureFixture[str], huge: str) -> None:
+    assert "error: the weights need" in fails(capsys, 1, "run", huge, "hi")
+
+
+def test_a_tokenizer_larger_than_the_embedding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, vocab_size=1023)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.path() / name, tmp_path / name)
+    message = fails(capsys, 1, "run", str(tmp_path), "hi")
+    assert "the tokenizer has 1024 tokens, but config.json has a vocab_size of 1023; give the tokenizer" in message
+
+
+def test_a_tokenizer_smaller_than_a_padded_embedding(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, vocab_size=1088)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.path() / name, tmp_path / name)
+    assert invoke(capsys, "run", str(tmp_path), "hi", "--max-tokens", "1")[0] == 0
 
 
 def test_the_module_serves_like_the_command() -> None:

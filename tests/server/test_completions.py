@@ -171,6 +171,22 @@ def test_a_stream_adds_up_to_the_whole(client: httpx.Client) -> None:
         assert [value for part in parts for value in part] == values
 
 
+@pytest.mark.parametrize("text", ["a 🙂 é!", "日本語", "e\u0301a\u0308ภ", "plain words"])
+def test_n16_streamed_or_whole(client: httpx.Client, fake_server: Any, text: str) -> None:
+    """Characters split over tokens, a cut one at the end, and stop strings, which straddle tokens and events."""
+    ids = fake_server.engine.front_end.tokenizer.encode_continuation(text)
+    stops = [None, *(text[i : i + size] for i in range(0, len(text), 2) for size in (1, 3))]
+    for stop, max_tokens in [(stop, len(ids)) for stop in stops] + [(None, n) for n in range(1, len(ids), 3)]:
+        asked = {"prompt": ids, "max_tokens": max_tokens, "stop": stop}
+        whole = post(client, **asked)["choices"][0]
+        chunks = [chunk["choices"][0] for chunk in stream(client, **asked)]
+        assert "".join(chunk["text"] for chunk in chunks).encode() == whole["text"].encode()
+        ends = [(chunk["finish_reason"], chunk["stop_reason"]) for chunk in (chunks[-1], whole)]
+        assert ends[0] == ends[1]
+        if stop is not None:
+            assert whole["text"] == text[: text.index(stop)]
+
+
 def test_a_stream_of_several_prompts_keeps_their_indices_apart(client: httpx.Client) -> None:
     asked: dict[str, Any] = {"prompt": [[300], [301]], "n": 2, "max_tokens": 5, "echo": True}
     whole = {choice["index"]: choice["text"] for choice in post(client, **asked)["choices"]}

@@ -9,6 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = (
     "num_preemptions",
+    "kv_blocks_swapped_out",
+    "kv_blocks_swapped_in",
     "prompt_tokens",
     "generation_tokens",
     "prefix_cache_queries",

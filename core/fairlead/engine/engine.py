@@ -39,6 +39,7 @@ class EngineCore:
             settings.block_size,
             max_chunk=settings.max_num_batched_tokens,
             enable_prefix_caching=config.cache.enable_prefix_caching,
+            swap_costs=built.swap_costs,
         )
         self.scheduler = Scheduler(
             blocks,

@@ -7,7 +7,7 @@ from typing import Any
 
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig
-from fairlead.errors import ConfigError, RequestError
+from fairlead.errors import CheckpointError, ConfigError, RequestError
 from fairlead.request import EngineInfo, Request, SamplingParams
 from fairlead.tokenization.chat_template import ChatPrompt, encode_chat
 from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +30,7 @@ class FrontEnd:
         tokenizer = None
         if not model.skip_tokenizer_init:
             tokenizer = load_tokenizer(model.tokenizer or checkpoint.directory, revision=model.revision)
+            _check_vocabulary(tokenizer, checkpoint)
         own_eos = () if tokenizer is None else tokenizer.eos_token_ids
         use_defaults = model.generation_config == "auto"
         return cls(
@@ -112,3 +113,17 @@ def _sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
         return SamplingParams(**checkpoint.sampling_defaults())
     except RequestError as error:
         raise ConfigError(f"generation_config.json: {error}; --generation-config fairlead ignores that file") from error
+
+
+def _check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError if the tokenizer gives ids that the model has no embedding for.
+
+    Embeddings may be padded, and tokens that were added for other uses (images, padding) may lie beyond them.
+    """
+    declared = checkpoint.config.get("padded_vocab_size") or checkpoint.config.get("vocab_size")
+    num_tokens = tokenizer.backend.get_vocab_size(with_added_tokens=False)
+    if isinstance(declared, int) and num_tokens > declared:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the tokenizer has {num_tokens} tokens, but config.json has a vocab_size of "
+            f"{declared}; give the tokenizer that belongs to the model with --tokenizer"
+        )

@@ -1,6 +1,7 @@
 """Runs one step on one platform: the only place where model, cache, attention backends and sampler meet."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import cast
@@ -9,14 +10,15 @@ import torch
 
 from fairlead.engine.batch_builder import ModelInput, build_input
 from fairlead.engine.padded_model import PaddedModel
-from fairlead.interface import AttentionBackend, GraphRunner, KVCache
+from fairlead.interface import AttentionBackend, GraphRunner, HostCache, KVCache
 from fairlead.layers.context import Step, StepGroup
 from fairlead.models.registry import CausalLM
+from fairlead.ops.table import Ops
 from fairlead.request import TokenLogprobs
 from fairlead.sampling.logprobs import token_logprobs
 from fairlead.sampling.sampler import SamplingBatch, sample
 from fairlead.sampling.structured.policy import PendingBitmask, TokenBitmask
-from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledBatch, StepResult
+from fairlead.scheduling.batch import BlockCopy, CopyKind, SampleContext, SampledToken, ScheduledBatch, StepResult
 
 _MAX_ROWS = 256  # of prompt log-probabilities at a time
 
@@ -44,16 +46,17 @@ class ModelRunner:
         *,
         block_size: int,
         device: torch.device,
-        apply_token_bitmask: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        ops: Ops,
         graph_runner: GraphRunner,
     ) -> None:
         self.model = cast(CausalLM, model)
         self.padded = PaddedModel(self.model, graph_runner)
         self.backends = tuple(backends)
         self.kv_caches: list[list[KVCache]] = []
+        self.host_caches: list[list[HostCache]] = []
         self.padding_blocks: tuple[int, ...] = ()
         self.block_size, self.device = block_size, device
-        self._apply_token_bitmask = apply_token_bitmask
+        self._ops = ops
         self._sampled_R: torch.Tensor | None = None  # by the latest step, on the device
 
     def allocate_cache(self, num_blocks: Seq[int]) -> None:
@@ -61,6 +64,27 @@ class ModelRunner:
         num_more = 1 if self.padded.buckets else 0
         self.padding_blocks = tuple(n - 1 + num_more for n in num_blocks)
         self.kv_caches = [b.allocate(n + num_more) for b, n in zip(self.backends, num_blocks, strict=True)]
+
+    def allocate_host_cache(self, num_blocks: Seq[int]) -> None:
+        """Allocates the host's blocks, so many per group; freed with the runner, or by `free_host_cache`."""
+        self.host_caches = [b.allocate_host(n) for b, n in zip(self.backends, num_blocks, strict=True)]
+
+    def free_host_cache(self) -> None:
+        """Gives the host's memory back."""
+        self.host_caches = []
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
+        """Copies blocks in the order given; waits for nothing."""
+        for (kind, group), run in itertools.groupby(copies, key=lambda c: (c.kind, c.group)):
+            backend, kv_cache = self.backends[group], self.kv_caches[group]
+            pairs = [(c.source, c.destination) for c in run]
+            if kind is CopyKind.WITHIN:
+                backend.copy_blocks(kv_cache, pairs)
+            elif kind is CopyKind.OUT:
+                backend.copy_to_host(kv_cache, self.host_caches[group], pairs)
+            else:
+                backend.copy_from_host(self.host_caches[group], kv_cache, pairs)
 
     @torch.inference_mode()
     def prepare(self, batch: ScheduledBatch) -> PreparedStep:
@@ -79,8 +103,7 @@ class ModelRunner:
         if inputs.pending_rows_P is not None:
             assert self._sampled_R is not None
             inputs.token_ids_T[inputs.pending_rows_P] = self._sampled_R[inputs.pending_sources_P]
-        for group, source, destination in prepared.batch.block_copies:
-            self.backends[group].copy_blocks(self.kv_caches[group], [(source, destination)])
+        self.copy_blocks(prepared.batch.block_copies)
         return self.padded.hidden(inputs.token_ids_T, inputs.positions_T, prepared.step)
 
     @torch.inference_mode()
@@ -101,7 +124,7 @@ class ModelRunner:
         if samplers:
             logits_RV = self.padded.logits(hidden_TE[prepared.inputs.sample_rows_R])
             allowed_RV = None if bitmask is None else self._masked(logits_RV, bitmask.wait())
-            sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV)
+            sampled, self._sampled_R = sample(logits_RV, SamplingBatch.of(samplers, contexts), allowed_RV, self._ops)
         return StepResult(sampled=sampled, prompt_logprobs=self._prompt_logprobs(batch, hidden_TE))
 
     def _prompt_logprobs(self, batch: ScheduledBatch, hidden_TE: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
@@ -124,8 +147,8 @@ class ModelRunner:
     def _masked(self, logits_RV: torch.Tensor, bitmask: TokenBitmask) -> torch.Tensor:
         words = torch.from_numpy(bitmask.words_RW).to(self.device)
         if len(bitmask.rows_R) == len(logits_RV):
-            return self._apply_token_bitmask(logits_RV, words)
+            return self._ops.apply_token_bitmask(logits_RV, words)
         rows = torch.from_numpy(bitmask.rows_R).to(self.device)
         masked_RV = logits_RV.clone()
-        masked_RV[rows] = self._apply_token_bitmask(logits_RV[rows], words)
+        masked_RV[rows] = self._ops.apply_token_bitmask(logits_RV[rows], words)
         return masked_RV

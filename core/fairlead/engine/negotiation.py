@@ -26,22 +26,28 @@ def step_reasons(platform: Platform, graph_runner: GraphRunner, *, max_num_batch
 
 
 def make_backends(
-    platform: Platform, name: str, groups: Mapping[AttentionSpec, int], *, block_size: int, dtype: str
+    platform: Platform, names: Seq[str], groups: Mapping[AttentionSpec, int], *, block_size: int, dtype: str
 ) -> tuple[tuple[AttentionBackend, ...], list[str]]:
-    """One backend per group of attention layers, and why there is none for some of them.
+    """For each group of attention layers the first of the named backends that can serve it; why none can for the rest.
 
     Raises PluginContractError if what comes back is no backend.
     """
-    backends, reasons = [], []
+    backends: list[AttentionBackend] = []
+    reasons: list[str] = []
     for spec, num_layers in groups.items():
         shape = AttentionShape(spec=spec, num_layers=num_layers, block_size=block_size, dtype=dtype)
-        try:
-            backend = platform.attention(name, shape)
-        except ConfigError as error:
-            reasons.append(str(error))
-            continue
-        check_backend(platform.name, name, backend)
-        backends.append(backend)
+        refused: list[str] = []
+        for name in names:
+            try:
+                backend = platform.attention(name, shape)
+            except ConfigError as error:
+                refused.append(str(error))
+                continue
+            check_backend(platform.name, name, backend)
+            backends.append(backend)
+            break
+        else:
+            reasons += refused
     return tuple(backends), list(dict.fromkeys(reasons))
 
 

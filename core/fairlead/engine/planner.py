@@ -16,14 +16,8 @@ from fairlead.checkpoint import Checkpoint
 from fairlead.config import CacheConfig, EngineConfig
 from fairlead.contract import memory_info
 from fairlead.engine.negotiation import head_size_reasons, make_backends, refusal, step_reasons
-from fairlead.errors import ConfigError, KVCacheMemoryError
-from fairlead.interface import (
-    UNQUANTIZED,
-    AttentionBackend,
-    AttentionSpec,
-    GraphRunner,
-    Platform,
-)
+from fairlead.errors import ConfigError, KVCacheMemoryError, ModelMemoryError
+from fairlead.interface import UNQUANTIZED, AttentionBackend, AttentionSpec, GraphRunner, Platform
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext
 from fairlead.models import loader, registry
@@ -90,6 +84,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     except ConfigError as error:
         raise refusal(platform, [*reasons, str(error)]) from error
     weights_bytes = loader.weights_bytes(model)
+    activation_bytes = least_activations(model, shape, settings)
     chosen = context.linear.chosen
     if chosen:
         op_providers["linear"] = ", ".join(dict.fromkeys(chain.from_iterable(chosen.values())))
@@ -98,16 +93,19 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     if config.model.quantization is not None and config.model.quantization not in chosen:
         reasons.append(f"quantization {config.model.quantization} (no layer of {checkpoint.architecture} can take it)")
     backends: tuple[AttentionBackend, ...] = ()
-    if settings.attention_backend in platform.attention_backends():
-        backends, refused = make_backends(
-            platform, settings.attention_backend, groups, block_size=settings.block_size, dtype=settings.dtype
-        )
+    if settings.attention_backend in (names := platform.attention_backends()):
+        tried = names if config.platform.attention_backend is None else (settings.attention_backend,)
+        backends, refused = make_backends(platform, tried, groups, block_size=settings.block_size, dtype=settings.dtype)
         reasons += refused
     if reasons:
         raise refusal(platform, reasons)
+    _check_weights(weights_bytes, settings, platform)
     windows = [spec.sliding_window for spec in groups]
     block_bytes = [backend.block_bytes() for backend in backends]
-    num_blocks = size_cache(config.cache, settings, platform, windows, block_bytes, weights_bytes)
+    num_blocks = size_cache(
+        config.cache, settings, platform, windows, block_bytes, weights_bytes, activation_bytes=activation_bytes
+    )
+    num_host_blocks = size_swap(config.cache, platform, num_blocks, block_bytes, weights_bytes)
     return EnginePlan(
         checkpoint=checkpoint,
         model_config=model_config,
@@ -119,13 +117,14 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         graph_runner=graph_runner,
         backends=backends,
         cache_groups=tuple(
-            CacheGroup(num_blocks=n, sliding_window=window) for n, window in zip(num_blocks, windows, strict=True)
+            CacheGroup(num_blocks=n, sliding_window=window, num_host_blocks=num_host)
+            for n, window, num_host in zip(num_blocks, windows, num_host_blocks, strict=True)
         ),
         info=EngineInfo(
             model=config.model.served_model_name or config.model.model,
             platform=platform.name,
             device=f"{device.name} ({device.description})",
-            attention_backend=settings.attention_backend,
+            attention_backend=", ".join(dict.fromkeys(backend.name for backend in backends)),
             dtype=settings.dtype,
             vocab_size=shape.vocab_size,
             max_model_len=settings.max_model_len,
@@ -134,8 +133,38 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
             num_blocks=max(num_blocks),
             weights_bytes=weights_bytes,
             kv_cache_bytes=sum(n * size for n, size in zip(num_blocks, block_bytes, strict=True)),
+            activation_bytes=activation_bytes,
+            swap_bytes=sum(n * size for n, size in zip(num_host_blocks, block_bytes, strict=True)),
         ),
     )
+
+
+def resize_cache(plan: EnginePlan, config: CacheConfig, activation_bytes: int) -> EnginePlan:
+    """The plan of a model that is loaded, with the KV cache that is left beside its measured activations.
+
+    Raises KVCacheMemoryError.
+    """
+    windows = [group.sliding_window for group in plan.cache_groups]
+    block_bytes = [backend.block_bytes() for backend in plan.backends]
+    num_blocks = size_cache(
+        config,
+        plan.settings,
+        plan.platform,
+        windows,
+        block_bytes,
+        plan.info.weights_bytes,
+        activation_bytes=activation_bytes,
+        is_loaded=True,
+    )
+    info = replace(
+        plan.info,
+        num_blocks=max(num_blocks),
+        kv_cache_bytes=sum(n * size for n, size in zip(num_blocks, block_bytes, strict=True)),
+        activation_bytes=activation_bytes,
+        activations_measured=True,
+    )
+    groups = tuple(replace(g, num_blocks=n) for g, n in zip(plan.cache_groups, num_blocks, strict=True))
+    return replace(plan, cache_groups=groups, info=info)
 
 
 def _context(config: EngineConfig, platform: Platform, settings: Negotiated) -> tuple[BuildContext, dict[str, str]]:
@@ -188,6 +217,8 @@ def negotiate(
     if backend is None:
         reasons.append(f"attention_backend {wanted} (it has {', '.join(names)})")
     is_async = config.scheduler.async_scheduling
+    if config.cache.swap_space > 0 and platform.max_swap_bytes(0) is None:
+        reasons.append(f"swap_space {config.cache.swap_space} (it cannot copy KV blocks to host memory)")
     settings = Negotiated(
         dtype=dtype,
         block_size=block_size,
@@ -201,6 +232,28 @@ def negotiate(
     return settings, reasons
 
 
+def least_activations(model: torch.nn.Module, shape: ModelShape, settings: Negotiated) -> int:
+    """Bytes that the largest step takes at least: the widest layer's input and output, the residual stream twice, and
+    the logits with one copy of them."""
+    sizes = [tuple(p.shape) for p in model.parameters() if p.dim() == 2]
+    widest = max((sum(size) for size in sizes if shape.vocab_size not in size), default=0)
+    num_tokens = settings.max_num_batched_tokens
+    item_bytes: int = getattr(torch, settings.dtype).itemsize
+    num_rows = min(settings.max_num_seqs, num_tokens)
+    return num_tokens * (2 * shape.hidden_size + widest) * item_bytes + 2 * num_rows * shape.vocab_size * 4
+
+
+def _check_weights(weights_bytes: int, settings: Negotiated, platform: Platform) -> None:
+    """Raises ModelMemoryError if the weights alone are more than what is free."""
+    memory = memory_info(platform)
+    if weights_bytes > memory.free_bytes:
+        needed, free, total = (n / 2**30 for n in (weights_bytes, memory.free_bytes, memory.total_bytes))
+        raise ModelMemoryError(
+            f"the weights need {needed:.2f} GiB in {settings.dtype}, but platform {platform.name!r} has {free:.2f} GiB "
+            f"free of {total:.2f}; take a smaller model or --dtype, or end what holds the memory"
+        )
+
+
 def size_cache(
     config: CacheConfig,
     settings: Negotiated,
@@ -208,12 +261,15 @@ def size_cache(
     windows: Seq[int | None],
     block_bytes: Seq[int],
     weights_bytes: int,
+    *,
+    activation_bytes: int = 0,
+    is_loaded: bool = False,
 ) -> tuple[int, ...]:
     """Number of KV blocks of each group: what was asked for, else what the memory share leaves.
 
     The groups are sized so that all of them hold the same number of sequences of max_model_len, and no group gets more
-    than max_num_seqs of them can ever use. The weights are still to be loaded. Raises KVCacheMemoryError if not even
-    one sequence fits, or if more was asked for than the device has.
+    than max_num_seqs of them can ever use. Unless `is_loaded`, the weights will still take their part of what is free.
+    Raises KVCacheMemoryError if not even one sequence fits, or if more was asked for than the device has.
     """
     memory = memory_info(platform)
     chunk = settings.max_num_batched_tokens
@@ -226,7 +282,8 @@ def size_cache(
         num_blocks = config.kv_cache_memory * most // sequence_bytes
     else:
         share = int(memory.total_bytes * settings.device_memory_utilization) - weights_bytes
-        num_blocks = max(min(share, memory.free_bytes - weights_bytes), 0) * most // sequence_bytes
+        free = memory.free_bytes - (0 if is_loaded else weights_bytes)
+        num_blocks = max(min(share, free) - activation_bytes, 0) * most // sequence_bytes
         num_blocks = min(num_blocks, most * settings.max_num_seqs)
     cache_mib = num_blocks * sequence_bytes / most / 2**20
     if cache_mib > memory.total_bytes / 2**20:
@@ -243,3 +300,32 @@ def size_cache(
             f"({sequence_bytes / 2**20:.1f} MiB), but there are {num_blocks} ({cache_mib:.1f} MiB); {remedy}"
         )
     return tuple(num_blocks * n // most for n in per_sequence)
+
+
+def size_swap(
+    config: CacheConfig, platform: Platform, num_blocks: Seq[int], block_bytes: Seq[int], weights_bytes: int
+) -> tuple[int, ...]:
+    """Number of host blocks of each group, in the proportions of the KV cache; none without swap space.
+
+    The weights are still to be loaded. Raises KVCacheMemoryError if the host has less memory than was asked for, or
+    if that holds no block of some group.
+    """
+    if config.swap_space == 0:
+        return (0,) * len(num_blocks)
+    cache_bytes = sum(n * size for n, size in zip(num_blocks, block_bytes, strict=True))
+    available_bytes = platform.max_swap_bytes(weights_bytes + cache_bytes)
+    assert available_bytes is not None
+    swap_bytes = int(config.swap_space * 2**30)
+    if swap_bytes > available_bytes:
+        raise KVCacheMemoryError(
+            f"swap_space {config.swap_space} needs {config.swap_space:.2f} GiB of host memory, but beside model and "
+            f"KV cache {available_bytes / 2**30:.2f} GiB are available; set --swap-space to less"
+        )
+    num_host_blocks = tuple(swap_bytes * n // cache_bytes for n in num_blocks)
+    if min(num_host_blocks) == 0:
+        least_bytes = -(-cache_bytes // min(num_blocks))
+        raise KVCacheMemoryError(
+            f"swap_space {config.swap_space} ({swap_bytes} bytes) does not hold one KV block of every kind of layer; "
+            f"set --swap-space to at least {least_bytes / 2**30:.9f}, or to 0"
+        )
+    return num_host_blocks

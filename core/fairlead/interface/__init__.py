@@ -6,11 +6,18 @@ checker alone. Start with PlatformSpec, which the hook `fairlead_platforms` retu
 
 import pluggy
 
-from fairlead.interface.attention import AttentionBackend, AttentionMetadata, AttentionShape, AttentionSpec, KVCache
+from fairlead.interface.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionShape,
+    AttentionSpec,
+    HostCache,
+    KVCache,
+)
 from fairlead.interface.collectives import Communicator
 from fairlead.interface.graph import GraphRunner
 from fairlead.interface.linear import UNQUANTIZED, LinearMethod, LinearShape
-from fairlead.interface.memory import TAGS, MemoryAllocator, MemoryInfo
+from fairlead.interface.memory import TAGS, MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
@@ -34,12 +41,14 @@ __all__ = [
     "Device",
     "Event",
     "GraphRunner",
+    "HostCache",
     "KVCache",
     "LinearMethod",
     "LinearShape",
     "LogitsProcessor",
     "MemoryAllocator",
     "MemoryInfo",
+    "MemoryProfile",
     "MoeSpec",
     "OpProvider",
     "Platform",

@@ -69,6 +69,9 @@ class AttentionMetadata:
 KVCache = object
 """One layer's cache: whatever the backend's `allocate` returned. The core never looks inside."""
 
+HostCache = object
+"""What holds one layer's blocks in host memory: whatever the backend's `allocate_host` returned."""
+
 
 class AttentionBackend(Protocol):
     """Paged attention of one group of layers. The backend owns the KV layout; the core sees block ids.
@@ -109,4 +112,27 @@ class AttentionBackend(Protocol):
 
     def copy_blocks(self, kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
         """Copies block contents source -> destination in every layer, in the order given, before the step's writes."""
+        ...
+
+    # Called only on a platform that has swap memory (`Platform.max_swap_bytes`). The copies belong to the device's own
+    # order of work: a copy to the host holds what all earlier steps and copies wrote, later ones see what it brought,
+    # and none has to be over when the call returns.
+
+    def allocate_host(self, num_blocks: int) -> list[HostCache]:
+        """Allocates `num_blocks` blocks in host memory, pinned where that makes copies faster; one entry per layer.
+
+        The caller keeps them alive. A block takes `block_bytes` there, too.
+        """
+        ...
+
+    def copy_to_host(
+        self, kv_caches: Sequence[KVCache], host_caches: Sequence[HostCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies blocks of the device -> blocks of the host in every layer, in the order given."""
+        ...
+
+    def copy_from_host(
+        self, host_caches: Sequence[HostCache], kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies blocks of the host -> blocks of the device in every layer, in the order given."""
         ...

@@ -38,6 +38,7 @@ class GraphRunner(Protocol):
 
         To replay, copy the two int64 inputs to where the capture read them; `step` holds the plans that the
         platform's attention backends made for this step, which must refill what a capture of this T reads. The result
-        is read before the next call, which may reuse its memory.
+        is read before the next call, which may reuse its memory. The plans of the next step may be made before this
+        one has run.
         """
         ...

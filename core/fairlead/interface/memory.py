@@ -18,12 +18,30 @@ class MemoryInfo:
     free_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryProfile:
+    """What a piece of work took from the device, beyond what this process had before, in bytes.
+
+    `peak_bytes` is the most at one time; `kept_bytes` of it are still held at the end (workspaces, caches of
+    libraries). What other processes did meanwhile is in neither.
+    """
+
+    peak_bytes: int
+    kept_bytes: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kept_bytes <= self.peak_bytes:
+            raise ValueError(f"a memory profile keeps between 0 and its peak, got {self!r}")
+
+
 class MemoryAllocator(Protocol):
     """Hands out the device's memory in pools, one per tag of TAGS, that can be taken away and given back as a whole.
 
     That is how an engine sleeps. While a pool is away its tensors still exist, but nothing may read or write them;
     `restore` gives the same tensors (and all views of them) memory again. Their addresses may have changed, so nobody
-    keeps an address from before. Calls for a tag without tensors do nothing. Not thread-safe.
+    keeps an address from before. Nor is a tensor of a pool handed to NumPy or to another process, which pins its
+    memory: `offload` and `discard` raise RuntimeError then, with nothing changed. Calls for a tag without tensors do
+    nothing. Not thread-safe.
     """
 
     def empty(self, shape: tuple[int, ...], dtype: "torch.dtype", *, tag: str) -> "torch.Tensor":

@@ -1,13 +1,13 @@
 """The platform itself: what `PlatformSpec.create` returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from fairlead.interface.attention import AttentionBackend, AttentionShape
 from fairlead.interface.collectives import Communicator
 from fairlead.interface.graph import GraphRunner
 from fairlead.interface.linear import LinearMethod
-from fairlead.interface.memory import MemoryAllocator, MemoryInfo
+from fairlead.interface.memory import MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.spec import Capabilities, Defaults, Device, OpProvider
 from fairlead.interface.streams import Stream
 
@@ -34,7 +34,11 @@ class Platform(Protocol):
         ...
 
     def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
-        """Makes the named backend for a model of this shape; allocates nothing yet."""
+        """Makes the named backend for a group of layers of this shape; allocates nothing yet.
+
+        Raises ConfigError, saying why, where the backend cannot serve them: the next one is asked then, unless the user
+        named this one.
+        """
         ...
 
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
@@ -67,10 +71,28 @@ class Platform(Protocol):
         """Makes a stream of the device."""
         ...
 
+    def memory_profile(self, work: Callable[[], None]) -> MemoryProfile | None:
+        """Runs the work, waits for it, and says what it took; None where the device cannot tell.
+
+        The core runs one large step so, to learn what activations need beside weights and KV cache. Only this
+        process counts: that free memory grows or shrinks meanwhile is no fault. What the work raises goes on.
+        """
+        ...
+
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """Host memory in bytes that swapped KV blocks may take now, once `device_bytes` more of the device are used.
+
+        None if the attention backends cannot copy blocks to the host and back.
+        """
+        ...
+
     def synchronize(self) -> None:
         """Waits until the device has done all that was asked of it."""
         ...
 
     def seed(self, seed: int) -> None:
-        """Seeds the device's random generators. The core's own sampling does not use them; foreign model code may."""
+        """Seeds the device's random generators, for tests and for foreign model code that draws from them.
+
+        The core's own sampling does not, and an engine in a user's process leaves them alone.
+        """
         ...

@@ -1,4 +1,4 @@
-"""What most decoders since Llama are made of: self-attention, and the ways to place norms and residuals around it.
+"""What most decoders since Llama are made of: their self-attention, and ways to place norms and residuals around it.
 
 Every layer takes and returns the pair (x, residual) whose sum is the residual stream, so that an add and the norm
 behind it can be one op; the first layer's residual is None.
@@ -11,13 +11,12 @@ from typing import ClassVar
 
 import torch
 
-from fairlead.interface import AttentionSpec
-from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.embedding import Embedding
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import Norm
 from fairlead.layers.rotary import Rotary
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape
 
 
@@ -38,52 +37,20 @@ class AttentionOptions:
     soft_cap: float | None = None
 
 
-class SelfAttention(torch.nn.Module):
-    """Grouped-query attention with rotary positions; optionally q and k are normed first.
-
-    `q_norm` and `k_norm` are set by a family that has them: over each head, or over the whole projection, by their
-    size. Sources: Ainslie et al., "GQA" (2023), section 2.2; Dehghani et al., "Scaling Vision Transformers to 22
-    Billion Parameters" (2023), section 2 (norms of q and k).
-    """
-
-    def __init__(self, shape: ModelShape, options: AttentionOptions, ctx: BuildContext) -> None:
-        super().__init__()
-        H, K, D, E = shape.num_heads, shape.num_kv_heads, shape.head_size, shape.hidden_size
-        parts = (("q_proj", H * D), ("k_proj", K * D), ("v_proj", K * D))
-        self.qkv_proj = MergedLinear(E, parts, ctx, bias=options.qkv_bias)
-        self.o_proj = Linear(H * D, E, ctx, bias=options.output_bias)
-        self.q_norm: Norm | None = None
-        self.k_norm: Norm | None = None
-        self.rotary = options.rotary
-        self.head_size, self.clip = D, options.clip
-        self.attention = Attention(
-            AttentionSpec(
-                num_heads=H,
-                num_kv_heads=K,
-                head_size=D,
-                scale=options.scale,
-                sliding_window=options.sliding_window,
-                soft_cap=options.soft_cap,
-            )
-        )
-
-    def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        qkv = self.qkv_proj(x_TE)
-        if self.clip is not None:
-            qkv = qkv.clamp(-self.clip, self.clip)
-        q, k, v = qkv.split(self.qkv_proj.sizes, dim=-1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = _norm_parts(self.q_norm, q), _norm_parts(self.k_norm, k)
-        q_THD, k_TKD, v_TKD = (t.unflatten(-1, (-1, self.head_size)) for t in (q, k, v))
-        if self.rotary is not None:
-            q_THD, k_TKD = self.rotary(q_THD, k_TKD, positions_T)
-        out_TE: torch.Tensor = self.o_proj(self.attention(q_THD, k_TKD, v_TKD, step).flatten(1))
-        return out_TE
-
-
-def _norm_parts(norm: Norm, x: torch.Tensor) -> torch.Tensor:
-    """Norms each run of `norm.size` entries of a row."""
-    return norm(x.reshape(-1, norm.size)).view(x.shape)
+def grouped_attention(shape: ModelShape, options: AttentionOptions, ctx: BuildContext) -> SelfAttention:
+    """Self-attention under the names of Llama's checkpoints."""
+    H, K, D, E = shape.num_heads, shape.num_kv_heads, shape.head_size, shape.hidden_size
+    parts = (("q_proj", H * D), ("k_proj", K * D), ("v_proj", K * D))
+    return SelfAttention(
+        shape,
+        qkv=("qkv_proj", MergedLinear(E, parts, ctx, bias=options.qkv_bias)),
+        out=("o_proj", Linear(H * D, E, ctx, bias=options.output_bias)),
+        rotary=options.rotary,
+        scale=options.scale,
+        clip=options.clip,
+        sliding_window=options.sliding_window,
+        soft_cap=options.soft_cap,
+    )
 
 
 class PreNormLayer(torch.nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from fairlead.errors import UnsupportedModelError
 from fairlead.layers.context import BuildContext
-from fairlead.layers.linear import Linear
+from fairlead.layers.linear import Linear, MergedLinear
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,6 +51,18 @@ class FeedForward(torch.nn.Module):
         return out_TE
 
 
-def swiglu(gate_up: tuple[str, Linear], down: tuple[str, Linear], ctx: BuildContext) -> FeedForward:
-    """silu(gate) * up between, gate and up being the two halves of one layer's output."""
-    return FeedForward(gate_up, ctx.ops.silu_and_mul, down)
+def gated_mlp(E: int, F: int, act: str, ctx: BuildContext, *, bias: bool = False) -> FeedForward:
+    """down(activation(gate(x)) * up(x)). Source: Shazeer, "GLU Variants Improve Transformer" (2020), section 2.
+
+    E model width, F feed-forward width. `act` is a name of config.json's hidden_act.
+    """
+    ops = {
+        "silu": ctx.ops.silu_and_mul,
+        "swish": ctx.ops.silu_and_mul,
+        "gelu_pytorch_tanh": ctx.ops.gelu_and_mul,
+        "gelu_new": ctx.ops.gelu_and_mul,
+    }
+    if act not in ops:
+        raise UnsupportedModelError(f"hidden_act {act!r} is not supported here; supported: {', '.join(ops)}")
+    gate_up = MergedLinear(E, (("gate_proj", F), ("up_proj", F)), ctx, bias=bias)
+    return FeedForward(("gate_up_proj", gate_up), ops[act], ("down_proj", Linear(F, E, ctx, bias=bias)))

@@ -11,6 +11,7 @@ from fairlead.interface import AttentionSpec
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import Step
 from fairlead.layers.linear import Linear
+from fairlead.layers.norm import Norm
 from fairlead.layers.rotary import Rotary
 from fairlead.models.config import ModelShape
 
@@ -33,9 +34,12 @@ def by_kv_head(qkv: torch.Tensor, shape: ModelShape) -> QKV:
 
 
 class SelfAttention(torch.nn.Module):
-    """Causal self-attention with rotary positions, ALiBi or neither.
+    """Causal self-attention with rotary positions, ALiBi or neither; optionally q and k are normed first.
 
-    `qkv` and `out` are (name in the checkpoint, layer).
+    `qkv` and `out` are (name in the checkpoint, layer). q, k and v are clamped to ± `clip`. The others are those of
+    AttentionSpec. `q_norm` and `k_norm` are set by a family that has them: over each head, or over the whole
+    projection, by their size. Sources: Ainslie et al., "GQA" (2023), section 2.2; Dehghani et al., "Scaling Vision
+    Transformers to 22 Billion Parameters" (2023), section 2 (norms of q and k).
     """
 
     def __init__(
@@ -44,16 +48,21 @@ class SelfAttention(torch.nn.Module):
         *,
         qkv: tuple[str, Linear],
         out: tuple[str, Linear],
-        layout: Layout,
+        layout: Layout = side_by_side,
         rotary: Rotary | None = None,
-        alibi_slopes: tuple[float, ...] | None = None,
         scale: float | None = None,
+        clip: float | None = None,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        alibi_slopes: tuple[float, ...] | None = None,
     ) -> None:
         super().__init__()
-        self._shape, self._layout = shape, layout
+        self._shape, self._layout, self._clip = shape, layout, clip
         self._projections = qkv[1], out[1]
         self.add_module(*qkv)
         self.add_module(*out)
+        self.q_norm: Norm | None = None
+        self.k_norm: Norm | None = None
         self.rotary = rotary
         self.attention = Attention(
             AttentionSpec(
@@ -61,15 +70,27 @@ class SelfAttention(torch.nn.Module):
                 num_kv_heads=shape.num_kv_heads,
                 head_size=shape.head_size,
                 scale=shape.head_size**-0.5 if scale is None else scale,
+                sliding_window=sliding_window,
+                soft_cap=soft_cap,
                 alibi_slopes=alibi_slopes,
             )
         )
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        qkv, out = self._projections
-        q_THD, k_TKD, v_TKD = self._layout(qkv(x_TE), self._shape)
+        project, out = self._projections
+        qkv = project(x_TE)
+        if self._clip is not None:
+            qkv = qkv.clamp(-self._clip, self._clip)
+        q_THD, k_TKD, v_TKD = self._layout(qkv, self._shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THD, k_TKD = _norm_parts(self.q_norm, q_THD), _norm_parts(self.k_norm, k_TKD)
         if self.rotary is not None:
             q_THD, k_TKD = self.rotary(q_THD, k_TKD, positions_T)
         out_THD = self.attention(q_THD.contiguous(), k_TKD, v_TKD, step)
         out_TE: torch.Tensor = out(out_THD.flatten(1))
         return out_TE
+
+
+def _norm_parts(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+    """Norms each run of `norm.size` entries of a row."""
+    return norm(x.reshape(-1, norm.size)).view(x.shape)

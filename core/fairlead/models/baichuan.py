@@ -13,11 +13,11 @@ from fairlead.layers.alibi import alibi_slopes
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
-from fairlead.layers.feed_forward import swiglu
-from fairlead.layers.linear import Linear, MergedLinear
+from fairlead.layers.feed_forward import gated_mlp
+from fairlead.layers.linear import Linear
 from fairlead.layers.norm import RMSNorm
 from fairlead.layers.rotary import Rotary, rope_params
-from fairlead.layers.self_attention import SelfAttention, side_by_side
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int, refuse
 
 _BAICHUAN_2_VOCAB = 125_696
@@ -34,13 +34,11 @@ class BaichuanLayer(torch.nn.Module):
             shape,
             qkv=("W_pack", Linear(E, 3 * E, ctx)),
             out=("o_proj", Linear(E, E, ctx)),
-            layout=side_by_side,
             rotary=rotary,
             alibi_slopes=alibi_slopes(shape.num_heads) if rotary is None else None,
         )
         self.post_attention_layernorm = RMSNorm(E, eps, ctx)
-        gate_up = MergedLinear(E, (("gate_proj", F), ("up_proj", F)), ctx)
-        self.mlp = swiglu(("gate_up_proj", gate_up), ("down_proj", Linear(F, E, ctx)), ctx)
+        self.mlp = gated_mlp(E, F, "silu", ctx)
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE = x_TE + self.self_attn(self.input_layernorm(x_TE), positions_T, step)

@@ -12,11 +12,11 @@ import torch
 
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.embedding import Embedding, OutputHead
-from fairlead.layers.feed_forward import swiglu
+from fairlead.layers.feed_forward import FeedForward
 from fairlead.layers.linear import Linear
 from fairlead.layers.norm import LayerNorm, RMSNorm
 from fairlead.layers.rotary import Rotary
-from fairlead.layers.self_attention import SelfAttention, side_by_side
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int, positive_number, refuse, renamed
 
 
@@ -38,12 +38,11 @@ class ChatGLMLayer(torch.nn.Module):
             shape,
             qkv=("query_key_value", Linear(E, (H + 2 * K) * D, ctx, bias=qkv_bias)),
             out=("dense", Linear(H * D, E, ctx, bias=bias)),
-            layout=side_by_side,
             rotary=rotary,
         )
         self.post_attention_layernorm = _norm(config, shape, ctx)
         gate_up, down = Linear(E, 2 * F, ctx, bias=bias), Linear(F, E, ctx, bias=bias)
-        self.mlp = swiglu(("dense_h_to_4h", gate_up), ("dense_4h_to_h", down), ctx)
+        self.mlp = FeedForward(("dense_h_to_4h", gate_up), ctx.ops.silu_and_mul, ("dense_4h_to_h", down))
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         x_TE = x_TE + self.self_attention(self.input_layernorm(x_TE), positions_T, step)

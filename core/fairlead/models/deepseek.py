@@ -15,8 +15,8 @@ from fairlead.interface import AttentionSpec, MoeSpec
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import PreNormLayer
+from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.linear import Linear, MergedLinear, PlainWeight
-from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.moe import MoE, Router
 from fairlead.layers.norm import RMSNorm
 from fairlead.layers.rotary import Rotary, context_factor, rope_params, yarn_mscale
@@ -48,7 +48,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
         moe = MoE(E, F, spec, self.ctx, router=router)
         num_shared = optional_positive_int(self.config, "n_shared_experts")
         if num_shared is not None:
-            moe.shared = GatedMLP(E, F * num_shared, "silu", self.ctx)
+            moe.shared = gated_mlp(E, F * num_shared, "silu", self.ctx)
         return moe
 
     def routing(self) -> MoeSpec:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from fairlead.layers.embedding import Embedding, OutputHead
-from fairlead.layers.mlp import GatedMLP
+from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.norm import GemmaRMSNorm, Norm
 from fairlead.models.config import optional_positive_number, positive_int, positive_number, refuse
 from fairlead.models.llama import LlamaForCausalLM
@@ -40,4 +40,4 @@ class GemmaForCausalLM(LlamaForCausalLM):
         activation = self.config.get("hidden_activation") or self.config.get("hidden_act", "gelu_pytorch_tanh")
         if activation == "gelu":  # the first checkpoints say so, and mean the tanh form
             activation = "gelu_pytorch_tanh"
-        return GatedMLP(self.shape.hidden_size, positive_int(self.config, "intermediate_size"), activation, self.ctx)
+        return gated_mlp(self.shape.hidden_size, positive_int(self.config, "intermediate_size"), activation, self.ctx)

@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from fairlead.errors import UnsupportedModelError
-from fairlead.layers.decoder import AttentionOptions, SelfAttention
+from fairlead.layers.decoder import AttentionOptions
 from fairlead.layers.rotary import rope_params
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import layer_windows, positive_int, refuse
 from fairlead.models.gemma2 import Gemma2ForCausalLM
 

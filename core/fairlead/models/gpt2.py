@@ -15,7 +15,7 @@ from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Conv1D
 from fairlead.layers.norm import LayerNorm
-from fairlead.layers.self_attention import SelfAttention, side_by_side
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int, positive_number, refuse, renamed
 
 
@@ -34,7 +34,6 @@ class GPT2Layer(torch.nn.Module):
             shape,
             qkv=("c_attn", Conv1D(E, 3 * E, ctx)),
             out=("c_proj", Conv1D(E, E, ctx)),
-            layout=side_by_side,
             scale=scale,
         )
         self.ln_2 = LayerNorm(E, eps, ctx)

@@ -18,7 +18,7 @@ from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary
-from fairlead.layers.self_attention import SelfAttention, side_by_side
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int, positive_number, renamed
 
 
@@ -33,7 +33,6 @@ class GPTJLayer(torch.nn.Module):
             shape,
             qkv=("qkv_proj", MergedLinear(E, (("q_proj", E), ("k_proj", E), ("v_proj", E)), ctx)),
             out=("out_proj", Linear(E, E, ctx)),
-            layout=side_by_side,
             rotary=rotary,
         )
         act = activation(config, "activation_function", "gelu_new")

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import torch
 
 from fairlead.layers.context import BuildContext
-from fairlead.layers.decoder import AttentionOptions, Decoder, HeadedModel, PreNormLayer, SelfAttention
+from fairlead.layers.decoder import AttentionOptions, Decoder, HeadedModel, PreNormLayer, grouped_attention
 from fairlead.layers.embedding import Embedding, OutputHead
-from fairlead.layers.mlp import GatedMLP
+from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.norm import Norm, RMSNorm
 from fairlead.layers.rotary import Rotary, rope_params
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int, positive_number
 
 
@@ -61,7 +62,7 @@ class LlamaForCausalLM(HeadedModel):
         return PreNormLayer(self.attention(index), self.mlp(index), (self.norm(E), self.norm(E)))
 
     def attention(self, index: int) -> SelfAttention:
-        return SelfAttention(self.shape, self.attention_options(index), self.ctx)
+        return grouped_attention(self.shape, self.attention_options(index), self.ctx)
 
     def attention_options(self, index: int) -> AttentionOptions:
         bias = bool(self.config.get("attention_bias", False))
@@ -76,7 +77,7 @@ class LlamaForCausalLM(HeadedModel):
         F = positive_int(self.config, "intermediate_size")
         activation = self.config.get("hidden_act", "silu")
         bias = bool(self.config.get("mlp_bias", False))
-        return GatedMLP(self.shape.hidden_size, F, activation, self.ctx, bias=bias)
+        return gated_mlp(self.shape.hidden_size, F, activation, self.ctx, bias=bias)
 
     def rotary(self, params: Mapping[str, Any], head_size: int | None = None) -> Rotary:
         """The table of these settings: layers of equal ones share it."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from fairlead.checkpoint import Checkpoint, StoredTensor
 from fairlead.errors import CheckpointError
 from fairlead.interface import MemoryAllocator
+from fairlead.models.progress import loading_bar
 
 _FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 # Stored by old versions of the reference codes: tables and masks, which are computed here.
@@ -95,15 +96,17 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, allocator: Memo
     files: dict[str, list[str]] = {}
     for name in targets:
         files.setdefault(str(stored[name].file), []).append(name)
-    for file, names in files.items():
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in names:
-                    target = targets[name]
-                    filler.memory(target.parameter)[target.index].copy_(reader.get_tensor(name))
-                    filler.note_filled(target.parameter)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    with loading_bar(sum(stored[name].num_bytes for name in targets)) as advance:
+        for file, names in files.items():
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    for name in names:
+                        target = targets[name]
+                        filler.memory(target.parameter)[target.index].copy_(reader.get_tensor(name))
+                        filler.note_filled(target.parameter)
+                        advance(stored[name].num_bytes)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
     return filler.num_bytes
 
 

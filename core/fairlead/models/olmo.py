@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from fairlead.layers.decoder import AttentionOptions, PostNormLayer, SelfAttention
+from fairlead.layers.decoder import AttentionOptions, PostNormLayer
 from fairlead.layers.norm import LayerNorm, Norm
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import optional_positive_number
 from fairlead.models.llama import LlamaForCausalLM
 

@@ -16,7 +16,7 @@ from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import activation
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import LayerNorm
-from fairlead.layers.self_attention import SelfAttention, side_by_side
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int
 
 _POSITION_OFFSET = 2  # rows 0 and 1 of the position table were for padding
@@ -38,7 +38,6 @@ class OPTLayer(torch.nn.Module):
             shape,
             qkv=("qkv_proj", MergedLinear(E, (("q_proj", E), ("k_proj", E), ("v_proj", E)), ctx, bias=bias)),
             out=("out_proj", Linear(E, E, ctx, bias=bias)),
-            layout=side_by_side,
         )
         self.self_attn_layer_norm = _norm(config, E, ctx)
         act = activation(config, "activation_function", "relu")

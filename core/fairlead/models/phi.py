@@ -17,7 +17,7 @@ from fairlead.layers.feed_forward import FeedForward, activation
 from fairlead.layers.linear import Linear, MergedLinear
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary, rope_params
-from fairlead.layers.self_attention import SelfAttention, side_by_side
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int, positive_number, refuse
 
 
@@ -34,7 +34,6 @@ class PhiLayer(torch.nn.Module):
             shape,
             qkv=("qkv_proj", MergedLinear(E, parts, ctx, bias=True)),
             out=("dense", Linear(H * D, E, ctx, bias=True)),
-            layout=side_by_side,
             rotary=rotary,
         )
         act = activation(config, "hidden_act", "gelu_new")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from fairlead.layers.decoder import AttentionOptions, SelfAttention
+from fairlead.layers.decoder import AttentionOptions
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.llama import LlamaForCausalLM
 from fairlead.models.qwen2 import qwen_windows
 

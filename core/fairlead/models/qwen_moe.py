@@ -13,8 +13,8 @@ import torch
 from fairlead.interface import MoeSpec
 from fairlead.layers.context import BuildContext
 from fairlead.layers.decoder import AttentionOptions
+from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.linear import Linear
-from fairlead.layers.mlp import GatedMLP
 from fairlead.layers.moe import MoE
 from fairlead.models.config import ModelShape, layer_windows, optional_positive_int, positive_int, refuse
 from fairlead.models.llama import LlamaForCausalLM
@@ -50,7 +50,7 @@ class Qwen2MoeForCausalLM(LlamaForCausalLM):
             return super().mlp(index)
         moe = routed_experts(self.config, self.shape, self.ctx)
         E, F = self.shape.hidden_size, positive_int(self.config, "shared_expert_intermediate_size")
-        moe.shared, moe.shared_gate = GatedMLP(E, F, "silu", self.ctx), Linear(E, 1, self.ctx)
+        moe.shared, moe.shared_gate = gated_mlp(E, F, "silu", self.ctx), Linear(E, 1, self.ctx)
         return moe
 
 

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 
 from fairlead.layers.context import BuildContext
-from fairlead.layers.decoder import AttentionOptions, ParallelLayer, SelfAttention
+from fairlead.layers.decoder import AttentionOptions, ParallelLayer
 from fairlead.layers.norm import LayerNorm, Norm
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import positive_number, refuse
 from fairlead.models.llama import LlamaForCausalLM
 

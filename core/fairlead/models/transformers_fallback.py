@@ -32,6 +32,7 @@ from fairlead.interface import AttentionSpec, MemoryAllocator
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext, Step
 from fairlead.models.config import ModelShape
+from fairlead.models.progress import transformers_bar
 
 ATTENTION = "fairlead"
 DRY_RUN = "fairlead_dry_run"  # the same attention, but masks are made too, so that the dry run sees what they are
@@ -296,17 +297,22 @@ class TransformersForCausalLM(torch.nn.Module):
         """Loads as transformers does (renamed, merged and tied weights included), tensor by tensor into our memory."""
         checkpoint.tensors()  # finds every fault of the files before anything is allocated
         load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained
-        model, info = load(
-            checkpoint.directory,
-            config=self._config,
-            dtype=self._dtype,
-            attn_implementation=ATTENTION,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        try:
+            with transformers_bar():
+                model, info = load(
+                    checkpoint.directory,
+                    config=self._config,
+                    dtype=self._dtype,
+                    attn_implementation=ATTENTION,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+        except (KeyError, ValueError, OSError) as error:  # such as an index without "metadata"
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise CheckpointError(f"{checkpoint.directory}: transformers cannot load it: {why}") from error
         for fault, keys in (
             ("is missing", info["missing_keys"]),
             ("has no place in this architecture", info["unexpected_keys"]),

@@ -1,11 +1,12 @@
 """Paged attention from the reference ops: what a platform without kernels of its own uses, and the oracle."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
-from fairlead.interface import AttentionMetadata, AttentionShape, KVCache, MemoryAllocator
+from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVCache, MemoryAllocator
 from fairlead.ops import reference
 
 
@@ -18,7 +19,7 @@ class SlotCache:
 
 
 class SlotCacheOwner:
-    """The part that backends with the plain slot layout share: sizes, allocation, writes, block copies."""
+    """The part that backends with the plain slot layout share: sizes, allocation, copies of blocks, host and all."""
 
     def __init__(self, shape: AttentionShape, allocator: MemoryAllocator) -> None:
         self.shape, self.spec = shape, shape.spec
@@ -33,21 +34,44 @@ class SlotCacheOwner:
 
     def allocate(self, num_blocks: int) -> list[KVCache]:
         """One SlotCache per layer."""
-        size = (num_blocks * self.shape.block_size, self.spec.num_kv_heads, self.spec.head_size)
-        caches: list[KVCache] = []
-        for _ in range(self.shape.num_layers):
-            tensors = [self._allocator.empty(size, self._dtype, tag="kv_cache") for _ in range(self._num_tensors)]
-            caches.append(SlotCache(k=tensors[0], v=tensors[-1]))
-        return caches
+        size = self._size(num_blocks)
+        return self._caches(lambda: self._allocator.empty(size, self._dtype, tag="kv_cache"))
+
+    def allocate_host(self, num_blocks: int) -> list[HostCache]:
+        """One SlotCache per layer, in pageable host memory."""
+        size = self._size(num_blocks)
+        return self._caches(lambda: torch.empty(size, dtype=self._dtype, device="cpu"))
 
     def copy_blocks(self, kv_caches: Seq[KVCache], pairs: Seq[tuple[int, int]]) -> None:
         """Copies whole blocks within every layer, one pair after the other."""
+        self._copy(kv_caches, kv_caches, pairs)
+
+    def copy_to_host(self, kv_caches: Seq[KVCache], host_caches: Seq[HostCache], pairs: Seq[tuple[int, int]]) -> None:
+        """Copies whole blocks from the device, one pair after the other."""
+        self._copy(kv_caches, host_caches, pairs)
+
+    def copy_from_host(self, host_caches: Seq[HostCache], kv_caches: Seq[KVCache], pairs: Seq[tuple[int, int]]) -> None:
+        """Copies whole blocks to the device, one pair after the other."""
+        self._copy(host_caches, kv_caches, pairs)
+
+    def _size(self, num_blocks: int) -> tuple[int, int, int]:
+        return (num_blocks * self.shape.block_size, self.spec.num_kv_heads, self.spec.head_size)
+
+    def _caches(self, empty: Callable[[], torch.Tensor]) -> list[KVCache]:
+        caches: list[KVCache] = []
+        for _ in range(self.shape.num_layers):
+            tensors = [empty() for _ in range(self._num_tensors)]
+            caches.append(SlotCache(k=tensors[0], v=tensors[-1]))
+        return caches
+
+    def _copy(self, sources: Seq[KVCache], destinations: Seq[KVCache], pairs: Seq[tuple[int, int]]) -> None:
         size = self.shape.block_size
-        for cache in kv_caches:
-            assert isinstance(cache, SlotCache)
-            for source, destination in pairs:
-                for tensor in (cache.k, cache.v)[: self._num_tensors]:
-                    tensor[destination * size : (destination + 1) * size] = tensor[source * size : (source + 1) * size]
+        for source, destination in zip(sources, destinations, strict=True):
+            assert isinstance(source, SlotCache)
+            assert isinstance(destination, SlotCache)
+            for read, write in ((source.k, destination.k), (source.v, destination.v))[: self._num_tensors]:
+                for i, j in pairs:
+                    write[j * size : (j + 1) * size] = read[i * size : (i + 1) * size]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

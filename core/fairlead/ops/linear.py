@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fairlead.contract import check_packed
 from fairlead.errors import ConfigError, PluginContractError
-from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape
+from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape, MemoryAllocator
 from fairlead.ops.first_call import FirstCall
 
 Packed = object
@@ -66,13 +66,21 @@ class QuantizedWeight:
     in_features: int
 
     @classmethod
-    def of(cls, weight_OI: torch.Tensor, *, group_size: int, max_value: int) -> "QuantizedWeight":
-        """Symmetric rounding to -max_value … max_value, by output and group of inputs."""
+    def of(
+        cls, weight_OI: torch.Tensor, *, group_size: int, max_value: int, allocator: MemoryAllocator | None
+    ) -> "QuantizedWeight":
+        """Symmetric rounding to -max_value … max_value, by output and group of inputs. It stays in the pool "weights"
+        of the allocator, if there is one."""
         num_inputs = weight_OI.shape[1]
         padded = functional.pad(weight_OI.float(), (0, -num_inputs % group_size))
         grouped = padded.view(len(padded), -1, group_size)
         scales = grouped.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / max_value
-        return cls(values=(grouped / scales).round_().to(torch.int8), scales=scales, in_features=num_inputs)
+        values = (grouped / scales).round_().to(torch.int8)
+        if allocator is not None:
+            values, scales = (
+                allocator.empty(tuple(t.shape), t.dtype, tag="weights").copy_(t) for t in (values, scales)
+            )
+        return cls(values=values, scales=scales, in_features=num_inputs)
 
     def dequantised(self) -> torch.Tensor:
         """(O, I) in float32."""
@@ -87,6 +95,9 @@ class Int8Linear:
 
     name = "reference"
 
+    def __init__(self, allocator: MemoryAllocator | None = None) -> None:
+        self._allocator = allocator
+
     def refuses(self, shape: LinearShape) -> str | None:
         """Never."""
         return None
@@ -98,7 +109,8 @@ class Int8Linear:
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Packed:
         """One group: a whole row of the weight."""
         weight_OI = tensors["weight"]
-        return QuantizedWeight.of(weight_OI, group_size=weight_OI.shape[1], max_value=127)
+        group_size = weight_OI.shape[1]
+        return QuantizedWeight.of(weight_OI, group_size=group_size, max_value=127, allocator=self._allocator)
 
     def apply(self, x_NI: torch.Tensor, packed: Packed, bias_O: torch.Tensor | None) -> torch.Tensor:
         """Rounds each row by its own largest value, multiplies, scales back."""
@@ -123,6 +135,9 @@ class Int4Linear:
 
     name = "reference"
 
+    def __init__(self, allocator: MemoryAllocator | None = None) -> None:
+        self._allocator = allocator
+
     def refuses(self, shape: LinearShape) -> str | None:
         """Never."""
         return None
@@ -134,7 +149,8 @@ class Int4Linear:
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> Packed:
         """Rounds to -7 … 7."""
-        return QuantizedWeight.of(tensors["weight"], group_size=INT4_GROUP, max_value=7)
+        weight_OI = tensors["weight"]
+        return QuantizedWeight.of(weight_OI, group_size=INT4_GROUP, max_value=7, allocator=self._allocator)
 
     def apply(self, x_NI: torch.Tensor, packed: Packed, bias_O: torch.Tensor | None) -> torch.Tensor:
         """Multiplies by the dequantised weight, in float32."""
@@ -171,16 +187,18 @@ class LinearTable:
         *,
         linear_name: str = "reference",
         wanted: str | None = None,
+        allocator: MemoryAllocator | None = None,
     ) -> None:
-        """`linear` is the op that serves unquantised layers where no method does; `wanted` the name that was asked for.
+        """`linear` is the op that serves unquantised layers where no method does; `wanted` the name that was asked for;
+        the references of quantised schemes take their memory from the allocator.
 
         Raises PluginContractError if the platform brings a scheme that the contract does not have, and ConfigError if
         nothing is called as was wanted.
         """
         references: dict[str, LinearMethod] = {
             UNQUANTIZED: PlainLinear(linear, linear_name),
-            "int8": Int8Linear(),
-            "int4": Int4Linear(),
+            "int8": Int8Linear(allocator),
+            "int4": Int4Linear(allocator),
         }
         for scheme in methods:
             if scheme not in references:

@@ -44,12 +44,12 @@ class PooledAllocator:
 
     def offload(self, tag: str) -> None:
         """Keeps the contents, then frees the pool."""
-        self._check_present(tag)
+        self._check_can_leave(tag)
         self._release(tag, [(storage, self._keep(_as_bytes(storage))) for storage in self._storages[tag]])
 
     def discard(self, tag: str) -> None:
         """Frees the pool."""
-        self._check_present(tag)
+        self._check_can_leave(tag)
         self._release(tag, [(storage, None) for storage in self._storages[tag]])
 
     def restore(self, tag: str) -> None:
@@ -80,6 +80,15 @@ class PooledAllocator:
         for storage, fill in kept:
             away.append((weakref.ref(storage), storage.nbytes(), fill))
             storage.resize_(0)
+
+    def _check_can_leave(self, tag: str) -> None:
+        self._check_present(tag)
+        num_pinned = sum(not storage.resizable() for storage in self._storages[tag])
+        if num_pinned:
+            raise RuntimeError(
+                f"{num_pinned} tensors of the pool {tag!r} cannot give their memory away: it was handed to NumPy, or "
+                "to another process"
+            )
 
     def _check_present(self, tag: str) -> None:
         if tag not in TAGS:

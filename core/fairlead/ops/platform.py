@@ -1,6 +1,6 @@
 """A platform made of references: what a new one starts from, and replaces one by one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -17,6 +17,7 @@ from fairlead.interface import (
     LinearMethod,
     MemoryAllocator,
     MemoryInfo,
+    MemoryProfile,
     OpProvider,
     Stream,
 )
@@ -44,6 +45,15 @@ class BasicPlatform:
     def memory_info(self) -> MemoryInfo:
         """The device's memory now."""
         raise NotImplementedError(f"{type(self).__name__} must say how much memory its device has")
+
+    def memory_profile(self, work: Callable[[], None]) -> MemoryProfile | None:
+        """Runs the work; torch has no account of a device's peak that all devices share."""
+        work()
+        return None
+
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """No copies to the host."""
+        return None
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised tensor on the device. Raises MemoryError or RuntimeError if there is no room."""

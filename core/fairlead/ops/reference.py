@@ -1,8 +1,8 @@
 """The meaning of every op, in plain PyTorch: the fallback of a new platform and the oracle of every kernel.
 
 Shapes: T packed tokens of a step, N rows of any kind, H query heads, K kv-heads, D head size, E model width,
-F feed-forward width, V vocabulary, S sequences, B blocks of a table, P positions, X experts, R experts of a token,
-G groups of experts.
+F feed-forward width, V vocabulary, S sequences, B blocks of a table, P positions, X experts, R experts of a token (of
+sampling: rows; of LoRA: rank), G groups of experts, L adapters, I inputs, O outputs.
 Inputs are not changed and results are new tensors, unless a docstring says otherwise. Reductions run in float32.
 """
 
@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 
 from fairlead.interface import AttentionSpec, MoeSpec
+
+NUM_CANDIDATES = 512  # enough for nearly every top_p or min_p; to sort all of V = 128k takes 20 times as long
 
 
 def embedding(token_ids_T: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
@@ -164,6 +166,101 @@ def apply_token_bitmask(logits_SV: torch.Tensor, bitmask_SW: torch.Tensor) -> to
     shifts = torch.arange(32, dtype=torch.int32, device=bitmask_SW.device)
     is_allowed_SV = (bitmask_SW.unsqueeze(-1) >> shifts & 1).flatten(1)[:, : logits_SV.shape[1]].bool()
     return logits_SV.masked_fill(~is_allowed_SV, -torch.inf)
+
+
+def apply_penalties(
+    logits_SV: torch.Tensor,
+    index_N: torch.Tensor,
+    repetition_N: torch.Tensor,
+    frequency_N: torch.Tensor,
+    presence_N: torch.Tensor,
+) -> None:
+    """Changes a contiguous float32 (S, V) in place, at N flat places (int64, each once), and nowhere else.
+
+    A positive logit is divided by the repetition penalty, another multiplied; then frequency (times its count already)
+    and presence are subtracted. Infinite logits stay, finite ones stay finite.
+    Source: Keskar et al., "CTRL" (2019), section 4.1, with the sign rule of transformers (repetition); the order is
+    vLLM's.
+    """
+    old_N = logits_SV.view(-1)[index_N]
+    new_N = torch.where(old_N > 0, old_N / repetition_N, old_N * repetition_N)
+    most = torch.finfo(torch.float32).max
+    new_N = (new_N - frequency_N - presence_N).clamp_(-most, most)
+    logits_SV.view(-1)[index_N] = torch.where(old_N.isfinite(), new_N, old_N)
+
+
+def draw(probs_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
+    """One token per row (R,) int64, by inversion of the cumulative distribution: the first token whose cumulative
+    probability exceeds `uniform_R` (float64, in [0, 1)) times the row's sum; never one of probability 0.
+
+    Sums run in float64, so that the same token is drawn everywhere but where two are within 1e-12 of the threshold.
+    """
+    return _invert(probs_RV.double().cumsum(-1), uniform_R[:, None])[:, 0]
+
+
+def draw_filtered(probs_RV: torch.Tensor, settings_4R: torch.Tensor, max_top_k: int) -> torch.Tensor:
+    """One token per row (R,) int64 from what top_k, top_p and min_p leave, drawn as by `draw`, best tokens first.
+
+    The rows of `settings_4R` (float64) are top_k (0 or V and more: off), top_p (1: off), min_p (0: off) and uniform;
+    `max_top_k` is the largest top_k that is on, or 0.
+    Equal probabilities rank by token id. top_k keeps exactly k tokens; top_p keeps the smallest set whose share of
+    what top_k left reaches p; min_p keeps tokens of at least min_p times the best one's probability. So a row keeps
+    its n best tokens, for which a few candidates are sorted, and all tokens only in rows where those do not suffice.
+    """
+    num_tokens = probs_RV.shape[1]
+    longest = max(max_top_k, NUM_CANDIDATES)
+    if longest >= num_tokens:
+        return _draw_best(probs_RV, settings_4R, num_tokens)[0]
+    tokens_R, is_cut_off_R = _draw_best(probs_RV, settings_4R, longest)
+    if is_cut_off_R.any():
+        tokens_R[is_cut_off_R] = _draw_best(probs_RV[is_cut_off_R], settings_4R[:, is_cut_off_R], num_tokens)[0]
+    return tokens_R
+
+
+def _invert(cumulative_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
+    """The first place whose cumulative probability exceeds the threshold: never one of probability 0."""
+    threshold_R1 = uniform_R1 * cumulative_RV[:, -1:]
+    return torch.searchsorted(cumulative_RV, threshold_R1, right=True).clamp_(max=cumulative_RV.shape[1] - 1)
+
+
+def _draw_best(probs_RV: torch.Tensor, settings_4R: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from the `width` best tokens W; returns the tokens and which rows would have kept more than W."""
+    num_tokens = probs_RV.shape[1]
+    top_k_R1, top_p_R1, min_p_R1, uniform_R1 = settings_4R.unsqueeze(-1)
+    has_top_k_R1 = (top_k_R1 > 0) & (top_k_R1 < num_tokens)
+    best_RW = probs_RV.topk(width).values if width < num_tokens else probs_RV.sort(dim=-1, descending=True).values
+    rank_W = torch.arange(width, device=probs_RV.device)
+    is_kept_RW = (rank_W < top_k_R1) | ~has_top_k_R1
+    best_RW = best_RW.double().masked_fill_(~is_kept_RW, 0.0)
+    cumulative_RW = best_RW.cumsum(-1)
+    mass_R1 = torch.where(has_top_k_R1, cumulative_RW[:, -1:], 1.0)
+    is_kept_RW &= (cumulative_RW - best_RW < top_p_R1 * mass_R1) | (top_p_R1 == 1)
+    is_kept_RW &= best_RW >= min_p_R1 * best_RW[:, :1]
+    is_kept_RW[:, 0] = True
+    place_R1 = _invert(best_RW.masked_fill(~is_kept_RW, 0.0).cumsum(-1), uniform_R1)
+    # The place among the sorted ones becomes a token: the n-th of those that have this very probability.
+    value_R1 = best_RW.gather(1, place_R1)
+    nth_R1 = place_R1 - (best_RW > value_R1).sum(-1, keepdim=True) + 1
+    count_RV = (probs_RV == value_R1.float()).cumsum(-1, dtype=torch.int32)
+    tokens_R1 = torch.searchsorted(count_RV, nth_R1.int()).clamp_(max=num_tokens - 1)
+    return tokens_R1[:, 0], is_kept_RW.all(-1) & ~has_top_k_R1[:, 0]
+
+
+def lora_shrink(x_NI: torch.Tensor, a_LRI: torch.Tensor, adapter_N: torch.Tensor) -> torch.Tensor:
+    """Each row by the first matrix of its adapter: (N, R) in float32. `adapter_N` (int64) is below L.
+
+    Adapter 0 is all zeros: that of rows without one, which a kernel may pass over.
+    Source: Hu et al., "LoRA" (2021), equation 3; Chen et al., "Punica" (2023), section 4 (rows of mixed adapters).
+    """
+    return torch.einsum("ni,nri->nr", x_NI.float(), a_LRI[adapter_N].float())
+
+
+def lora_expand(y_NO: torch.Tensor, h_NR: torch.Tensor, b_LOR: torch.Tensor, adapter_N: torch.Tensor) -> torch.Tensor:
+    """y plus what `lora_shrink` gave by the second matrix of each row's adapter, (N, O) in y's dtype.
+
+    The matrices hold the adapter's scale already. The sum is in float32. Rows of adapter 0 are y's, bit by bit.
+    """
+    return (y_NO.float() + torch.einsum("nr,nor->no", h_NR, b_LOR[adapter_N].float())).to(y_NO.dtype)
 
 
 def kv_cache_write(x_TKD: torch.Tensor, cache: torch.Tensor, slot_mapping_T: torch.Tensor) -> None:

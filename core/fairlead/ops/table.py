@@ -34,15 +34,21 @@ class Ops:
     silu_and_mul: Callable[[Tensor], Tensor]
     gelu_and_mul: Callable[[Tensor], Tensor]
     moe: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, MoeSpec], Tensor]
+    lora_shrink: Callable[[Tensor, Tensor, Tensor], Tensor]
+    lora_expand: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     apply_token_bitmask: Callable[[Tensor, Tensor], Tensor]
+    apply_penalties: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    draw: Callable[[Tensor, Tensor], Tensor]
+    draw_filtered: Callable[[Tensor, Tensor, int], Tensor]
 
 
 OP_NAMES = tuple(f.name for f in fields(Ops))
 
-# Which expert a token goes to depends on values, which the meta device has not.
+# Which expert a token goes to, and how many tokens a row keeps, depends on values, which the meta device has not.
 _REFERENCES_ON_META: dict[str, Callable[..., object]] = {
     **{name: getattr(reference, name) for name in OP_NAMES},
     "moe": lambda x_TE, *_: torch.empty_like(x_TE),
+    "draw_filtered": lambda probs_RV, *_: torch.empty(len(probs_RV), dtype=torch.int64, device="meta"),
 }
 
 
@@ -109,4 +115,7 @@ def choose_providers(
         if name != REFERENCE
     }
     ops = replace(ops, **own)
-    return ops, LinearTable(platform.name, methods, ops.linear, linear_name=names["linear"], wanted=linear), names
+    table = LinearTable(
+        platform.name, methods, ops.linear, linear_name=names["linear"], wanted=linear, allocator=platform.allocator
+    )
+    return ops, table, names

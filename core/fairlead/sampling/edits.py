@@ -7,21 +7,37 @@ as flat indices into the logits, since a vocabulary is a thousand times as wide.
 Shapes: S sequences, V vocabulary, P rows with penalties, N places (one per row and token), R rows with allowed tokens.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 
 from fairlead import plugins
 from fairlead.interface import LogitsProcessor
+from fairlead.ops import reference
 from fairlead.sampling_params import stop_tokens
 from fairlead.scheduling.batch import SampleContext
 
 _LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).tiny)
+
+
+class SamplingOps(Protocol):
+    """The ops that sampling calls, as in `fairlead.ops.reference`; a platform may have its own."""
+
+    @property
+    def apply_penalties(
+        self,
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]: ...
+
+    @property
+    def draw(self) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]: ...
+
+    @property
+    def draw_filtered(self) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +102,8 @@ class _Penalties:
             presence_S=presence_S,
         )
 
-    def apply(self, logits_SV: torch.Tensor) -> None:
-        """Changes the logits in place: repetition, then frequency, then presence, as vLLM.
-
-        Source: Keskar et al., "CTRL" (2019), section 4.1, with the sign rule of transformers (repetition).
-        """
+    def apply(self, logits_SV: torch.Tensor, ops: SamplingOps) -> None:
+        """Changes the logits in place, at every token that its row has used."""
         num_tokens = logits_SV.shape[1]
         # One sort, with the flag as the lowest bit: np.unique with its inverse takes four times as long.
         used_N = np.sort(self.used.flat(num_tokens) * 2 + self.is_output_N[self.used.within(num_tokens)])
@@ -103,10 +116,7 @@ class _Penalties:
         factors = np.stack((self.repetition_S[row_N], self.frequency_S[row_N] * count_N))
         repetition_N, frequency_N = torch.from_numpy(factors).to(device)
         presence_N = torch.from_numpy(self.presence_S[row_N] * (count_N > 0)).to(device)
-        old_N = logits_SV.view(-1)[index_N]
-        new_N = torch.where(old_N > 0, old_N / repetition_N, old_N * repetition_N)
-        new_N = (new_N - frequency_N - presence_N).clamp_(-_LARGEST, _LARGEST)
-        logits_SV.view(-1)[index_N] = torch.where(old_N.isfinite(), new_N, old_N)
+        ops.apply_penalties(logits_SV, index_N, repetition_N, frequency_N, presence_N)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +149,7 @@ class LogitEdits:
             penalties=_Penalties.of(contexts, num_rows),
         )
 
-    def apply(self, logits_SV: torch.Tensor) -> tuple[torch.Tensor, dict[int, str]]:
+    def apply(self, logits_SV: torch.Tensor, ops: SamplingOps = reference) -> tuple[torch.Tensor, dict[int, str]]:
         """The edited logits, a new tensor, and what went wrong in which row."""
         num_tokens, device = logits_SV.shape[1], logits_SV.device
         edited_SV = logits_SV.clone(memory_format=torch.contiguous_format)
@@ -160,7 +170,7 @@ class LogitEdits:
         if self.banned is not None:
             flat_L[torch.from_numpy(self.banned.flat(num_tokens)).to(device)] = -torch.inf
         if self.penalties is not None:
-            self.penalties.apply(edited_SV)
+            self.penalties.apply(edited_SV, ops)
         return edited_SV, errors
 
 

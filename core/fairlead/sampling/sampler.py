@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fairlead.ops import reference
 from fairlead.request import SamplingParams, TokenLogprobs
-from fairlead.sampling.edits import LogitEdits
+from fairlead.sampling.edits import LogitEdits, SamplingOps
 from fairlead.sampling.logprobs import token_logprobs
 from fairlead.scheduling.batch import SampleContext, SampledToken, ScheduledChunk
 
-_NUM_CANDIDATES = 512  # enough for nearly every top_p or min_p; to sort all of V = 128k takes 20 times as long
 _FLOAT32 = np.finfo(np.float32)
 NOTHING_LEFT = "no token is left to sample: the request's own masks forbid all of them"
 
@@ -101,7 +101,10 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 
 def sample(
-    logits_SV: torch.Tensor, batch: SamplingBatch, allowed_SV: torch.Tensor | None = None
+    logits_SV: torch.Tensor,
+    batch: SamplingBatch,
+    allowed_SV: torch.Tensor | None = None,
+    ops: SamplingOps = reference,
 ) -> tuple[list[SampledToken], torch.Tensor]:
     """Draws a token for every row; a row whose best logit is not finite (NaN anywhere, +inf, or all -inf) gets
     token_id None and leaves the others as they are. Returns the tokens on the device, too (S,) int64: any token in
@@ -119,14 +122,19 @@ def sample(
         edited_SV[batch.beams] = edited_SV[batch.beams].log_softmax(-1)
     errors: dict[int, str] = {}
     if batch.edits is not None:
-        edited_SV, errors = batch.edits.apply(edited_SV)
+        edited_SV, errors = batch.edits.apply(edited_SV, ops)
     best_S, tokens_S = edited_SV.max(dim=-1)
     # A row's own parameters alone decide how it is drawn: else its tokens would depend on what shares its batch.
-    for drawn, draw in ((batch.plain, _draw_plain), (batch.filtered, _draw_filtered)):
+    for drawn in (batch.plain, batch.filtered):
         if drawn is not None:
             rows_R = torch.from_numpy(drawn.rows_R).to(edited_SV.device)
             logits_RV = edited_SV if len(rows_R) == len(edited_SV) else edited_SV[rows_R]
-            tokens_S[rows_R] = draw(_probs(logits_RV, best_S[rows_R], drawn), drawn)
+            probs_RV = _probs(logits_RV, best_S[rows_R], drawn)
+            if drawn is batch.plain:
+                tokens_S[rows_R] = ops.draw(probs_RV, torch.from_numpy(drawn.uniform_R).to(probs_RV.device))
+            else:
+                top_k = int(drawn.top_k_R.max(where=drawn.top_k_R < probs_RV.shape[1], initial=0))
+                tokens_S[rows_R] = ops.draw_filtered(probs_RV, _settings(drawn, probs_RV.device), top_k)
     is_bad_S = ~best_S.isfinite()
     if edited_SV is not logits_SV:
         is_nan_S = ~logits_SV.amax(dim=-1).isfinite()
@@ -153,57 +161,9 @@ def _probs(logits_RV: torch.Tensor, best_R: torch.Tensor, drawn: DrawnRows) -> t
     return shifted_RV.div_(temperature_R1).softmax(-1)
 
 
-def _draw_plain(probs_RV: torch.Tensor, drawn: DrawnRows) -> torch.Tensor:
-    """One token per row by inversion of the cumulative distribution, summed in float64."""
-    return _invert(probs_RV.double().cumsum(-1), torch.from_numpy(drawn.uniform_R).to(probs_RV.device)[:, None])[:, 0]
-
-
-def _invert(cumulative_RV: torch.Tensor, uniform_R1: torch.Tensor) -> torch.Tensor:
-    """The first place whose cumulative probability exceeds the threshold: never one of probability 0."""
-    threshold_R1 = uniform_R1 * cumulative_RV[:, -1:]
-    return torch.searchsorted(cumulative_RV, threshold_R1, right=True).clamp_(max=cumulative_RV.shape[1] - 1)
-
-
-def _draw_filtered(probs_RV: torch.Tensor, drawn: DrawnRows) -> torch.Tensor:
-    """One token per row from what top_k, top_p and min_p leave.
-
-    Equal probabilities rank by token id. top_k keeps exactly k tokens; top_p keeps the smallest set whose share of
-    what top_k left reaches p; min_p keeps tokens of at least min_p times the best one's probability. So a row keeps
-    its n best tokens, for which a few candidates are sorted, and all tokens only in rows where those do not suffice.
-    """
-    num_tokens = probs_RV.shape[1]
-    settings = np.stack((drawn.top_k_R, drawn.top_p_R, drawn.min_p_R, drawn.uniform_R))
-    settings_4R = torch.from_numpy(settings).to(probs_RV.device)
-    longest = int(drawn.top_k_R.max(where=drawn.top_k_R < num_tokens, initial=_NUM_CANDIDATES))
-    if longest >= num_tokens:
-        return _draw_best(probs_RV, settings_4R, num_tokens)[0]
-    tokens_R, is_cut_off_R = _draw_best(probs_RV, settings_4R, longest)
-    if is_cut_off_R.any():
-        tokens_R[is_cut_off_R] = _draw_best(probs_RV[is_cut_off_R], settings_4R[:, is_cut_off_R], num_tokens)[0]
-    return tokens_R
-
-
-def _draw_best(probs_RV: torch.Tensor, settings_4R: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws from the `width` best tokens W; returns the tokens and which rows would have kept more than W."""
-    num_tokens = probs_RV.shape[1]
-    top_k_R1, top_p_R1, min_p_R1, uniform_R1 = settings_4R.unsqueeze(-1)
-    has_top_k_R1 = (top_k_R1 > 0) & (top_k_R1 < num_tokens)
-    best_RW = probs_RV.topk(width).values if width < num_tokens else probs_RV.sort(dim=-1, descending=True).values
-    rank_W = torch.arange(width, device=probs_RV.device)
-    is_kept_RW = (rank_W < top_k_R1) | ~has_top_k_R1
-    best_RW = best_RW.double().masked_fill_(~is_kept_RW, 0.0)
-    cumulative_RW = best_RW.cumsum(-1)
-    mass_R1 = torch.where(has_top_k_R1, cumulative_RW[:, -1:], 1.0)
-    is_kept_RW &= (cumulative_RW - best_RW < top_p_R1 * mass_R1) | (top_p_R1 == 1)
-    is_kept_RW &= best_RW >= min_p_R1 * best_RW[:, :1]
-    is_kept_RW[:, 0] = True
-    place_R1 = _invert(best_RW.masked_fill(~is_kept_RW, 0.0).cumsum(-1), uniform_R1)
-    # The place among the sorted ones becomes a token: the n-th of those that have this very probability.
-    value_R1 = best_RW.gather(1, place_R1)
-    nth_R1 = place_R1 - (best_RW > value_R1).sum(-1, keepdim=True) + 1
-    count_RV = (probs_RV == value_R1.float()).cumsum(-1, dtype=torch.int32)
-    tokens_R1 = torch.searchsorted(count_RV, nth_R1.int()).clamp_(max=num_tokens - 1)
-    return tokens_R1[:, 0], is_kept_RW.all(-1) & ~has_top_k_R1[:, 0]
+def _settings(drawn: DrawnRows, device: torch.device) -> torch.Tensor:
+    """What `draw_filtered` reads of each row, (4, R) in float64."""
+    return torch.from_numpy(np.stack((drawn.top_k_R, drawn.top_p_R, drawn.min_p_R, drawn.uniform_R))).to(device)
 
 
 def _logprobs(

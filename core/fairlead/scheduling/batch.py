@@ -1,6 +1,7 @@
 """What the scheduler hands to the model runner, and gets back: plain integers, snapshots of one step."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 import msgspec
 
@@ -64,12 +65,31 @@ class ScheduledChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return len(self.token_ids) if self.source_row is None else 1
 
 
+class CopyKind(Enum):
+    """Where a block is copied from and to."""
+
+    WITHIN = "within"  # the device
+    OUT = "out"  # from the device to the host
+    IN = "in"  # from the host to the device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockCopy:
+    """The copy of one block of a cache group; host blocks are numbered on their own."""
+
+    kind: CopyKind
+    group: int
+    source: int
+    destination: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduledBatch:
-    """One step. `block_copies` (group, source, destination) happen before any of its writes, in order."""
+    """One step. `block_copies` happen before any of its writes, one after the other: a later one may read or overwrite
+    what an earlier one wrote, on the host too."""
 
     chunks: tuple[ScheduledChunk, ...]
-    block_copies: tuple[tuple[int, int, int], ...]
+    block_copies: tuple[BlockCopy, ...]
     edits_logits: bool = False  # whether the params of a chunk that samples do
 
     @property

@@ -3,16 +3,24 @@
 A model has one cache group per kind of attention layer. Each group has its own pool and each sequence a table in it;
 a group with a sliding window holds only the blocks that a later token can still see. A sequence writes only to blocks
 that it alone holds and that are not cached; a shared one is copied first.
+
+With swap space each group has a host tier behind its prefix cache. All copies, within the device and to and from the
+host, are decided one after the other, and carried out in that order before the step writes. So a copy finds in its
+source what the manager believed to be there: a block that is evicted was computed in an earlier step (those of this
+step's chunks are held until it is over), and what a host block holds is what the last copy to it brought.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from fairlead.request import BlockTable, Sequence
+from fairlead.scheduling.batch import BlockCopy, CopyKind
 from fairlead.scheduling.block_pool import BlockPool
-from fairlead.scheduling.prefix_cache import block_hash, root_hash
+from fairlead.scheduling.host_tier import HostTier, SwapCosts
+from fairlead.scheduling.prefix_cache import block_hash, private_root_hash, root_hash
 
 T = TypeVar("T")
 
@@ -23,6 +31,7 @@ class CacheGroup:
 
     num_blocks: int
     sliding_window: int | None = None
+    num_host_blocks: int = 0
 
     def first_visible(self, position: int) -> int:
         """The first token that the query at a position can see."""
@@ -39,21 +48,51 @@ def blocks_per_sequence(sliding_window: int | None, num_tokens: int, block_size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CachedPrefix:
-    """The blocks of a cached prefix, by group; nobody holds them on its account yet."""
+    """The blocks of a cached prefix, by group; nobody holds them on its account yet.
+
+    The tables lack the blocks that are on the host alone; `swapped` has their numbers within the prefix.
+    """
 
     num_blocks: int
     tables: tuple[BlockTable, ...]
+    swapped: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Either:
+    """The hashes that at least one of two places has."""
+
+    device: Container[bytes]
+    host: Container[bytes]
+
+    def __contains__(self, block_hash: object) -> bool:
+        return block_hash in self.device or block_hash in self.host
 
 
 class BlockManager:
-    """Paged KV memory as integers. All groups have the same block size, in tokens."""
+    """Paged KV memory as integers. All groups have the same block size, in tokens.
+
+    Without `swap_costs` there is no host tier. With one, but without prefix caching, blocks are cached for the request
+    that computed them, and no other finds them.
+    """
 
     def __init__(
-        self, groups: Seq[CacheGroup], block_size: int, *, max_chunk: int, enable_prefix_caching: bool
+        self,
+        groups: Seq[CacheGroup],
+        block_size: int,
+        *,
+        max_chunk: int,
+        enable_prefix_caching: bool,
+        swap_costs: SwapCosts | None = None,
     ) -> None:
         self.groups, self.block_size = tuple(groups), block_size
-        self._max_chunk, self._caching = max_chunk, enable_prefix_caching
-        self.pools = tuple(BlockPool(g.num_blocks) for g in groups)
+        self._max_chunk, self._swap_costs = max_chunk, swap_costs
+        self._caching = enable_prefix_caching or swap_costs is not None
+        self._is_shared = enable_prefix_caching
+        self.tiers = tuple(HostTier(g.num_host_blocks if swap_costs is not None else 0) for g in groups)
+        self.pools = tuple(BlockPool(g.num_blocks, partial(self._swap_out, i)) for i, g in enumerate(groups))
+        self.num_swapped_out = self.num_swapped_in = 0
+        self._copies: list[BlockCopy] = []
 
     @property
     def usage(self) -> float:
@@ -74,19 +113,14 @@ class BlockManager:
         num_full = (seq.num_tokens - 1) // self.block_size if may_hit else 0
         self._extend_hashes(seq, num_full)
         hashes = seq.block_hashes[:num_full]
-        for group, pool in self._with(self.pools):
-            if group.sliding_window is None:  # cheap where little is cached: a long prompt may wait for many steps
-                hashes = hashes[: _num_leading(pool, hashes)]
-        runs = [_runs(pool, hashes) for pool in self.pools]
-        num_blocks = len(hashes)
-        while not all(run[num_blocks] >= num_blocks - self._first_needed(g, num_blocks) for g, run in self._with(runs)):
-            num_blocks -= 1
-        tables = []
-        for group, pool in self._with(self.pools):
-            first = self._first_needed(group, num_blocks)
-            blocks = [pool.cache.get(h) for h in hashes[first:num_blocks]]
-            tables.append(BlockTable(first, [b for b in blocks if b is not None]))
-        return CachedPrefix(num_blocks=num_blocks, tables=tuple(tables))
+        prefix = self._prefix(hashes[: self._num_leading(hashes, [pool.cache.blocks for pool in self.pools])])
+        if self._swap_costs is not None:
+            either = [_Either(pool.cache.blocks, tier) for pool, tier in zip(self.pools, self.tiers, strict=True)]
+            longer = self._prefix(hashes[: self._num_leading(hashes, either)])
+            num_tokens = (longer.num_blocks - prefix.num_blocks) * self.block_size
+            if self._swap_costs.pays([len(numbers) for numbers in longer.swapped], num_tokens):
+                return longer
+        return prefix
 
     def can_admit(self, seq: Sequence, prefix: CachedPrefix, claimed: Seq[int] | None = None) -> bool:
         """Whether a waiting sequence fits whole, its cached prefix taken into account.
@@ -119,15 +153,16 @@ class BlockManager:
         seq.num_published = prefix.num_blocks
         seq.has_shared_context = prefix.num_blocks > 0
         seq.num_computed_tokens = prefix.num_blocks * self.block_size
+        for group, numbers in enumerate(prefix.swapped):
+            self._swap_in(seq, group, numbers)
 
-    def reserve(self, seq: Sequence, num_tokens: int) -> list[tuple[int, int, int]] | None:
+    def reserve(self, seq: Sequence, num_tokens: int) -> bool:
         """Makes room for the next `num_tokens` tokens of a sequence and publishes the blocks that they fill.
 
-        Returns the block copies (group, source, destination) to make before the step writes, or None, with nothing
-        taken, when too few blocks are left. Blocks that no later token can see are released. Blocks are published
-        before they are computed: a step writes all keys and values of a layer before it reads any, so a sequence of
-        the same step may already share them. One that a token fills which is not known yet is published later, at the
-        next call or when the sequence is freed.
+        False, with nothing taken, when too few blocks are left. Blocks that no later token can see are released.
+        Blocks are published before they are computed: a step writes all keys and values of a layer before it reads
+        any, so a sequence of the same step may already share them. One that a token fills which is not known yet is
+        published later, at the next call or when the sequence is freed.
         """
         start = seq.num_computed_tokens
         first, end = start // self.block_size, self.num_blocks_for(start + num_tokens)
@@ -137,14 +172,13 @@ class BlockManager:
             self._release_before(group.first_visible(start) // self.block_size, pool, table)
             is_shared = first < table.end and not pool.is_writable(table.blocks[first - table.first])
             if end - table.end + is_shared > pool.num_available:
-                return None
+                return False
             shared.append(is_shared)
-        copies = []
         for i, (pool, table) in enumerate(zip(self.pools, seq.block_tables, strict=True)):
             if shared[i]:
                 source, copy = table.blocks[first - table.first], pool.allocate()
                 table.blocks[first - table.first] = copy
-                copies.append((i, source, copy))
+                self._copies.append(BlockCopy(kind=CopyKind.WITHIN, group=i, source=source, destination=copy))
                 pool.release(source)
             while table.end < end:
                 table.blocks.append(pool.allocate())
@@ -155,6 +189,11 @@ class BlockManager:
             if group.sliding_window is not None:
                 leaves_at = (table.first + 1) * self.block_size + group.sliding_window - 1
                 seq.quiet_until = min(seq.quiet_until, leaves_at)
+        return True
+
+    def take_copies(self) -> tuple[BlockCopy, ...]:
+        """The block copies to make, in order, before the step whose blocks were reserved since the last call writes."""
+        copies, self._copies = tuple(self._copies), []
         return copies
 
     def fork(self, parent: Sequence, child: Sequence, num_tokens: int) -> None:
@@ -180,16 +219,22 @@ class BlockManager:
         seq.block_tables, seq.tables_snapshot = [], ()
         seq.num_computed_tokens = seq.num_published = seq.quiet_until = 0
 
+    def end(self, seq: Sequence) -> None:
+        """Takes all blocks from a sequence that will not come back, and forgets what only it could find."""
+        self.free(seq)
+        if not self._is_shared:
+            has_siblings = seq.request.params.num_sequences > 1  # which may still look for the prompt
+            self._forget(seq.block_hashes[seq.num_prompt_tokens // self.block_size if has_siblings else 0 :])
+
     def unpublish(self, seq: Sequence) -> None:
         """Forgets the cached prefix of a sequence, blocks that left its windows included: it is not to be trusted."""
-        for pool in self.pools:
-            for its_hash in seq.block_hashes:
-                pool.forget(its_hash)
+        self._forget(seq.block_hashes)
 
     def reset_cache(self) -> None:
-        """Forgets all cached prefixes; sequences keep the blocks that they hold."""
-        for pool in self.pools:
+        """Forgets all cached prefixes, on the host too; sequences keep the blocks that they hold."""
+        for pool, tier in zip(self.pools, self.tiers, strict=True):
             pool.reset_cache()
+            tier.clear()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Asserts the invariants over all live sequences; for tests and for an idle engine."""
@@ -197,6 +242,7 @@ class BlockManager:
         assert all(len(t) == len(self.groups) for t in tables)
         for i, pool in enumerate(self.pools):
             pool.check_integrity(block for table in tables for block in table[i].blocks)
+            self.tiers[i].check_integrity()
 
     def _with(self, values: Seq[T]) -> Iterator[tuple[CacheGroup, T]]:
         return zip(self.groups, values, strict=True)
@@ -231,21 +277,68 @@ class BlockManager:
             most = blocks_per_sequence(group.sliding_window, seq.num_tokens, self.block_size, self._max_chunk)
             yield min(most, end - table.first) - len(table.blocks)
 
+    def _num_leading(self, hashes: Seq[bytes], found: Seq[Container[bytes]]) -> int:
+        """How many blocks the longest prefix has whose visible part is found in every group."""
+        for group, these in self._with(found):
+            if group.sliding_window is None:  # cheap where little is cached: a long prompt may wait for many steps
+                hashes = hashes[: next((i for i, h in enumerate(hashes) if h not in these), len(hashes))]
+        runs = [_runs(hashes, these) for these in found]
+        num_blocks = len(hashes)
+        while not all(run[num_blocks] >= num_blocks - self._first_needed(g, num_blocks) for g, run in self._with(runs)):
+            num_blocks -= 1
+        return num_blocks
+
+    def _prefix(self, hashes: Seq[bytes]) -> CachedPrefix:
+        """The prefix of these hashes; its visible part is cached, on the device or the host."""
+        tables, swapped = [], []
+        for group, pool in self._with(self.pools):
+            first = self._first_needed(group, len(hashes))
+            blocks = [pool.cache.blocks.get(h) for h in hashes[first:]]
+            tables.append(BlockTable(first, [b for b in blocks if b is not None]))
+            swapped.append(tuple(i for i, b in enumerate(blocks, first) if b is None))
+        return CachedPrefix(num_blocks=len(hashes), tables=tuple(tables), swapped=tuple(swapped))
+
+    def _swap_in(self, seq: Sequence, group: int, numbers: Seq[int]) -> None:
+        """Gives a sequence the blocks of these numbers, in rising order, copied from the host and published again."""
+        pool, tier, table = self.pools[group], self.tiers[group], seq.block_tables[group]
+        # All are taken first: what the allocations evict goes to the host and must not push them out.
+        sources = [tier.take(seq.block_hashes[i]) for i in numbers]
+        for i, source in zip(numbers, sources, strict=True):
+            block = pool.allocate()
+            self._copies.append(BlockCopy(kind=CopyKind.IN, group=group, source=source, destination=block))
+            pool.cache.publish(block, seq.block_hashes[i])
+            table.blocks.insert(i - table.first, block)
+        for i, source in zip(numbers, sources, strict=True):
+            tier.put_back(seq.block_hashes[i], source)
+        self.num_swapped_in += len(numbers)
+
+    def _swap_out(self, group: int, block: int, its_hash: bytes) -> None:
+        """An evicted block goes to the host, if there is room and it is not there yet."""
+        destination = self.tiers[group].store(its_hash)
+        if destination is not None:
+            self._copies.append(BlockCopy(kind=CopyKind.OUT, group=group, source=block, destination=destination))
+            self.num_swapped_out += 1
+
+    def _forget(self, hashes: Seq[bytes]) -> None:
+        for pool, tier in zip(self.pools, self.tiers, strict=True):
+            for its_hash in hashes:
+                pool.forget(its_hash)
+                tier.forget(its_hash)
+
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         hashes, size = seq.block_hashes, self.block_size
         for i in range(len(hashes), num_full):
-            parent = hashes[-1] if hashes else root_hash(seq.request.cache_salt)
+            parent = hashes[-1] if hashes else self._root_hash(seq)
             hashes.append(block_hash(parent, seq.token_ids[i * size : (i + 1) * size]))
 
+    def _root_hash(self, seq: Sequence) -> bytes:
+        # The first sequence of a request has a seq_id that no other request ever gets.
+        return root_hash(seq.request.cache_salt) if self._is_shared else private_root_hash(seq.seq_id - seq.index)
 
-def _num_leading(pool: BlockPool, hashes: Seq[bytes]) -> int:
-    """How many blocks from the first one on are cached without a gap."""
-    return next((i for i, h in enumerate(hashes) if pool.cache.get(h) is None), len(hashes))
 
-
-def _runs(pool: BlockPool, hashes: Seq[bytes]) -> list[int]:
-    """For every i up to len(hashes): how many cached blocks without a gap end before block i."""
+def _runs(hashes: Seq[bytes], found: Container[bytes]) -> list[int]:
+    """For every i up to len(hashes): how many blocks that are found end, without a gap, before block i."""
     runs = [0]
     for h in hashes:
-        runs.append(0 if pool.cache.get(h) is None else runs[-1] + 1)
+        runs.append(runs[-1] + 1 if h in found else 0)
     return runs

@@ -3,7 +3,7 @@
 Every block is in exactly one state: free, referenced (count > 0), or idle in the prefix cache (count 0, evictable).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from fairlead.scheduling.prefix_cache import PrefixCache
 
@@ -11,8 +11,9 @@ from fairlead.scheduling.prefix_cache import PrefixCache
 class BlockPool:
     """Reference counts over a fixed number of blocks; a block whose last reference goes stays cached if it was."""
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks: int, on_evict: Callable[[int, bytes], None] | None = None) -> None:
+        """`on_evict` gets each evicted block with its hash before the block is handed out again."""
+        self.num_blocks, self._on_evict = num_blocks, on_evict
         self.cache = PrefixCache()
         self._free = list(range(num_blocks - 1, -1, -1))
         self._refs = [0] * num_blocks
@@ -37,7 +38,12 @@ class BlockPool:
 
     def allocate(self) -> int:
         """A block with one reference; evicts the least recently used idle one if none is free."""
-        block = self._free.pop() if self._free else self.cache.evict()
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, its_hash = self.cache.evict()
+            if self._on_evict is not None:
+                self._on_evict(block, its_hash)
         assert self._refs[block] == 0
         self._refs[block] = 1
         return block

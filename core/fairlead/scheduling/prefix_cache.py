@@ -19,6 +19,11 @@ def root_hash(cache_salt: str) -> bytes:
     return hashlib.sha256(b"fairlead-prefix\0" + cache_salt.encode()).digest()
 
 
+def private_root_hash(request_number: int) -> bytes:
+    """The parent of a first block that no other request may find. A number stands for one request, ever."""
+    return hashlib.sha256(b"fairlead-private\0" + str(request_number).encode()).digest()
+
+
 def block_hash(parent: bytes, token_ids: Seq[int]) -> bytes:
     """The hash of a full block that follows `parent`."""
     return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
@@ -45,6 +50,11 @@ class PrefixCache:
         """Every cached block with its hash."""
         return self._hash_by_block
 
+    @property
+    def blocks(self) -> Mapping[bytes, int]:
+        """Every hash that is cached, with its block."""
+        return self._block_by_hash
+
     def __contains__(self, block: int) -> bool:
         return block in self._hash_by_block
 
@@ -67,11 +77,12 @@ class PrefixCache:
         """A hit: the idle block is referenced again."""
         del self._idle[block]
 
-    def evict(self) -> int:
-        """Forgets the least recently used idle block and returns it. Raises KeyError if none is idle."""
+    def evict(self) -> tuple[int, bytes]:
+        """Forgets the least recently used idle block and returns it with its hash. Raises KeyError if none is idle."""
         block, _ = self._idle.popitem(last=False)
-        del self._block_by_hash[self._hash_by_block.pop(block)]
-        return block
+        its_hash = self._hash_by_block.pop(block)
+        del self._block_by_hash[its_hash]
+        return block, its_hash
 
     def forget(self, block_hash: bytes) -> int | None:
         """Makes the block of this hash, if there is one, unfindable; returns it if it was idle and is free now."""

@@ -46,7 +46,6 @@ class _Step:
 
     budget: int
     chunks: list[ScheduledChunk] = field(default_factory=list)
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
     num_samples: int = 0
     edits_logits: bool = False
     unfinished: list[Sequence] = field(default_factory=list)  # those whose known tokens it does not compute to the end
@@ -143,7 +142,7 @@ class Scheduler:
         self._num_steps += bool(step.chunks)
         assert step.chunks or not self.has_work or any(s.num_pending for s in self.running), "nothing can be scheduled"
         return ScheduledBatch(
-            chunks=tuple(step.chunks), block_copies=tuple(step.copies), edits_logits=step.edits_logits
+            chunks=tuple(step.chunks), block_copies=self.blocks.take_copies(), edits_logits=step.edits_logits
         )
 
     def sample_contexts(self, batch: ScheduledBatch) -> dict[int, SampleContext]:
@@ -217,6 +216,8 @@ class Scheduler:
             num_requests_waiting=len(self._requests) - len(running),
             kv_cache_usage=self.blocks.usage,
             num_preemptions=self._num_preemptions,
+            num_blocks_swapped_out=self.blocks.num_swapped_out,
+            num_blocks_swapped_in=self.blocks.num_swapped_in,
             num_prompt_tokens=self._num_prompt,
             num_cached_prompt_tokens=self._num_cached,
             num_generation_tokens=self._num_generated,
@@ -274,13 +275,10 @@ class Scheduler:
             elif seq.num_pending and (seq.num_seats > 1 or start + 1 >= seq.max_num_tokens):
                 i += 1  # it forks, or ends, before it goes on
                 continue
-            if start >= seq.quiet_until or num_tokens > 1:
-                copies = self.blocks.reserve(seq, num_tokens)
-                if copies is None:
-                    self._preempt_last()
-                    step.lacks_memory = True
-                    continue
-                step.copies += copies
+            if (start >= seq.quiet_until or num_tokens > 1) and not self.blocks.reserve(seq, num_tokens):
+                self._preempt_last()
+                step.lacks_memory = True
+                continue
             self._schedule_chunk(step, seq, num_tokens)
             i += 1
 
@@ -303,9 +301,8 @@ class Scheduler:
                 self._num_queries += seq.num_prompt_tokens
                 self._num_hits += seq.num_computed_tokens
             num_tokens = self._chunk_of(seq.num_tokens - seq.num_computed_tokens, step.budget)
-            copies = self.blocks.reserve(seq, num_tokens)
-            assert copies is not None
-            step.copies += copies
+            fits = self.blocks.reserve(seq, num_tokens)
+            assert fits
             self._enter_running(seq)
             self._schedule_chunk(step, seq, num_tokens)
             if step.unfinished and step.unfinished[-1] is seq:
@@ -442,7 +439,7 @@ class Scheduler:
             self._leave_running(seq)
         else:
             self.waiting.remove(seq)
-        self.blocks.free(seq)
+        self.blocks.end(seq)
         seq.status, seq.finish_reason, seq.stop_reason = SequenceStatus.FINISHED, reason, stop_reason
         del self._live[seq.seq_id]
         siblings = self._requests[seq.request.request_id]

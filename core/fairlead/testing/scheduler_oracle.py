@@ -8,20 +8,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from functools import lru_cache
 
-from fairlead.request import BlockTable, FinishReason, Request, Sequence, SequenceDelta
-from fairlead.scheduling.batch import SampledToken, ScheduledBatch, ScheduledChunk
+from fairlead.request import MAX_N, FinishReason, Request, Sequence, SequenceDelta
+from fairlead.scheduling.batch import BlockCopy, CopyKind, SampledToken, ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import BlockManager, CachedPrefix, CacheGroup, blocks_per_sequence
+from fairlead.scheduling.host_tier import SwapCosts
 from fairlead.scheduling.policy import Priority
-from fairlead.scheduling.prefix_cache import block_hash, root_hash
+from fairlead.scheduling.prefix_cache import block_hash, private_root_hash, root_hash
 from fairlead.scheduling.scheduler import NAN_ERROR, Scheduler
+from fairlead.testing.cache_oracle import Tables, check_swaps, expected_prefix, first_read, most_blocks
 
 EOS, STOP_TOKEN = 23, 22
 POISON = -1  # in a slot: NaN
 _MAX_HASHES = 100_000  # that are remembered
-
-Tables = list[dict[int, int]]  # of one sequence: per group, the block of each block number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +36,7 @@ class Setup:
     max_num_seqs: int
     caching: bool
     groups: tuple[CacheGroup, ...]
+    swap_costs: SwapCosts | None
     max_chunk: int | None
     aging_s: float | None
     is_async: bool
@@ -48,8 +48,9 @@ class Expected:
 
     request: Request
     index: int
+    is_private: bool  # whether no other request may share its blocks
     tokens: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)  # what its slots must hold: slots[i] is salt and tokens[: i + 1]
+    slots: list[int] = field(default_factory=list)  # what its slots must hold: slots[i] is owner and tokens[: i + 1]
     hashes: list[bytes] = field(default_factory=list)  # of its full blocks, as far as asked for
     seed: int | None = None
     num_cached_tokens: int | None = None
@@ -71,13 +72,19 @@ class Expected:
 
     def append(self, token: int) -> None:
         self.tokens.append(token)
-        self.slots.append(hash((self.slots[-1] if self.slots else len(self.request.cache_salt), token)))
+        owner = int(self.request.request_id) + 100 if self.is_private else len(self.request.cache_salt)
+        self.slots.append(hash((self.slots[-1] if self.slots else owner, token)))
 
     def block_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
         for i in range(len(self.hashes), num_blocks):
-            parent = self.hashes[-1] if self.hashes else root_hash(self.request.cache_salt)
+            parent = self.hashes[-1] if self.hashes else self._root_hash()
             self.hashes.append(block_hash(parent, self.tokens[i * block_size : (i + 1) * block_size]))
         return self.hashes[:num_blocks]
+
+    def _root_hash(self) -> bytes:
+        if self.is_private:
+            return private_root_hash(int(self.request.request_id) * MAX_N)
+        return root_hash(self.request.cache_salt)
 
 
 class _WatchedBlocks(BlockManager):
@@ -95,11 +102,11 @@ class _WatchedBlocks(BlockManager):
         self.oracle.check_admission(seq, prefix, fits)
         return fits
 
-    def reserve(self, seq: Sequence, num_tokens: int) -> list[tuple[int, int, int]] | None:
-        copies = super().reserve(seq, num_tokens)
-        if copies is None:
+    def reserve(self, seq: Sequence, num_tokens: int) -> bool:
+        fits = super().reserve(seq, num_tokens)
+        if not fits:
             self.oracle.check_refusal(seq, num_tokens)
-        return copies
+        return fits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,15 +120,21 @@ class Flight:
 class Oracle:
     """A scheduler, and what it has to do next. Sequences that have not ended are in `open`, by seq_id.
 
-    `kv[group][block]` is what the worker has put into the slots of a block; `seen` counts what happened.
+    `kv[group][block]` is what the worker has put into the slots of a block, `host_kv` that of the host's blocks;
+    `seen` counts what happened.
     """
 
     def __init__(self, setup: Setup, seen: Counter[str]) -> None:
         self.setup, self.seen = setup, seen
         self.groups, self.block_size, self.budget = setup.groups, setup.block_size, setup.budget
         self.blocks = _WatchedBlocks(
-            self.groups, self.block_size, max_chunk=self.budget, enable_prefix_caching=setup.caching
+            self.groups,
+            self.block_size,
+            max_chunk=self.budget,
+            enable_prefix_caching=setup.caching,
+            swap_costs=setup.swap_costs,
         )
+        self.is_hashing = setup.caching or setup.swap_costs is not None
         self.blocks.oracle = self
         self.scheduler = Scheduler(
             self.blocks,
@@ -136,6 +149,7 @@ class Oracle:
         self.passed_over = (0, 0)  # who is first in line and waits, and for how many steps
         self.in_flight: Flight | None = None
         self.kv = [[[0] * self.block_size for _ in range(group.num_blocks)] for group in self.groups]
+        self.host_kv = [[[0] * self.block_size for _ in range(group.num_host_blocks)] for group in self.groups]
         self.open: dict[int, Expected] = {}  # siblings that will fork included
         self.forked: set[str] = set()  # request ids
         self._hash_of: dict[int, bytes] = {}  # content of a full block's last slot -> hash, and back
@@ -248,15 +262,18 @@ class Oracle:
         assert scheduler.has_work or not any(used)
 
     def _check_cache(self) -> None:
-        """5: what a cached block holds and its hash determine each other."""
+        """5: what a cached block holds and its hash determine each other, on the host too."""
         if len(self._hash_of) > _MAX_HASHES:
             self._hash_of.clear()
             self._content_of.clear()
+        copies = self.in_flight.batch.block_copies if self.in_flight else ()
         for i, (kv, cached) in enumerate(zip(self.kv, self.cached_blocks(), strict=True)):
             in_flight = {b for c in self.in_flight.batch.chunks for b in c.block_tables[i][1]} if self.in_flight else ()
-            for block, its_hash in cached.items():
-                content = kv[block][-1]
-                if content != POISON and block not in in_flight:
+            arriving = {c.destination for c in copies if c.group == i and c.kind is CopyKind.OUT}
+            held = [(h, kv[b][-1]) for b, h in cached.items() if b not in in_flight]
+            on_host = self.blocks.tiers[i].blocks.items()
+            for its_hash, content in held + [(h, self.host_kv[i][b][-1]) for h, b in on_host if b not in arriving]:
+                if content != POISON:
                     assert self._hash_of.setdefault(content, its_hash) == its_hash
                     assert self._content_of.setdefault(its_hash, content) == content
 
@@ -265,17 +282,9 @@ class Oracle:
     def check_prefix(self, seq: Sequence, prefix: CachedPrefix) -> None:
         """A hit is the longest whose visible part is cached in every group, and is made of no other blocks."""
         expected, size = self.open[seq.seq_id], self.block_size
-        num_full = (len(expected.tokens) - 1) // size if self.setup.caching and not expected.is_alone else 0
+        num_full = (len(expected.tokens) - 1) // size if self.is_hashing and not expected.is_alone else 0
         hashes = expected.block_hashes(num_full, size)
-        for num_blocks in range(num_full, -1, -1):
-            tables = []
-            for group, pool in enumerate(self.blocks.pools):
-                first = self._first_read(group, num_blocks * size) // size
-                blocks = [pool.cache.get(h) for h in hashes[first:num_blocks]]
-                tables.append(BlockTable(first, [b for b in blocks if b is not None]))
-            if all(t.end == num_blocks for t in tables):
-                break
-        assert prefix == CachedPrefix(num_blocks=num_blocks, tables=tuple(tables))
+        assert prefix == expected_prefix(self.blocks, hashes, self.setup.swap_costs, self.seen)
 
     def check_admission(self, seq: Sequence, prefix: CachedPrefix, fits: bool) -> None:
         """A sequence is admitted if, and only if, it can be computed whole from the blocks that are left."""
@@ -324,8 +333,10 @@ class Oracle:
         left = self.budget
         for i, chunk in enumerate(chunks):
             behind = [s for s in stayed if s.key > keys[chunk.seq_id]] if i < num_going else []
-            going_before = [s for s in admitted if s.key < keys[chunk.seq_id]] if i < num_going else []
-            num_promised = sum(c.num_tokens for c in chunks if c.seq_id in [s.seq_id for s in going_before[:1]])
+            # Tokens are kept for the first new one in line, which may still find no memory once the others have theirs.
+            new = [s for s in [*admitted, *scheduler.waiting] if s.seq_id not in before][: i < num_going]
+            longest = self.setup.max_chunk or self.budget
+            num_promised = sum(min(s.num_tokens, longest) for s in new if s.key < keys[chunk.seq_id])
             num_behind = len(behind) + num_promised + (len(victims) if i < num_going else 0)
             self._check_chunk(chunk, left - num_behind, left - len(behind), is_new=i >= num_going)
             left -= chunk.num_tokens
@@ -419,10 +430,11 @@ class Oracle:
                     assert holders_still[i][old[first]] == 1
                     assert old[first] not in cached_before[i]
                 else:
-                    copies.append((i, old[first], table[first]))
+                    copies.append(BlockCopy(kind=CopyKind.WITHIN, group=i, source=old[first], destination=table[first]))
                     assert chunk.start % self.block_size, "nothing to copy"
                     assert holders_before[i][old[first]] > 1 or old[first] in cached_before[i]
-        assert batch.block_copies == tuple(copies)
+        assert [c for c in batch.block_copies if c.kind is CopyKind.WITHIN] == copies
+        check_swaps(batch, self.blocks, before, now, cached_before, self.seen)
 
     def check_published(self, batch: ScheduledBatch, before: Mapping[int, Tables], may_check: list[bool]) -> None:
         """Every block that a chunk of known tokens fills can be found at once, and one that single tokens have filled
@@ -446,9 +458,10 @@ class Oracle:
     def check_forgotten(self, hashes: dict[int, list[bytes]], errors: Iterable[int]) -> None:
         """No one can hit a block of a sequence that gave NaN, not even one that left its window."""
         for its_hash in itertools.chain.from_iterable(hashes[seq_id] for seq_id in errors):
-            for kv, pool in zip(self.kv, self.blocks.pools, strict=True):
+            for kv, pool, tier in zip(self.kv, self.blocks.pools, self.blocks.tiers, strict=True):
                 block = pool.cache.get(its_hash)
                 assert block is None or kv[block][-1] != POISON
+                assert its_hash not in tier
 
     def cached_blocks(self) -> list[dict[int, bytes]]:
         return [dict(pool.cache.hashes) for pool in self.blocks.pools]
@@ -474,20 +487,6 @@ class Oracle:
 
     def _groups(self) -> Iterator[tuple[int, CacheGroup]]:
         return enumerate(self.groups)
-
-
-def first_read(sliding_window: int | None, position: int) -> int:
-    """The first token that a query sees."""
-    return position - min(position, sliding_window - 1) if sliding_window is not None else 0
-
-
-@lru_cache(maxsize=100_000)
-def most_blocks(sliding_window: int | None, start: int, end: int, block_size: int, max_chunk: int) -> int:
-    """The most blocks that a sequence of `end` tokens can hold from token `start` on: by trial of every chunk."""
-    return max(
-        -(-min(first + max_chunk, end) // block_size) - first_read(sliding_window, first) // block_size
-        for first in range(start, end)
-    )
 
 
 def tables_of(seq: Sequence) -> Tables:

@@ -3,9 +3,10 @@
 A tool for whoever changes the scheduler or the block manager; there is no model and no torch. The simulated worker
 fills each slot with the identity of the token prefix (salt included) that it stands for, and every chunk is checked to
 read exactly its own prefix, in a group with a sliding window the part of it that its queries see. Copy-on-write, prefix
-hits within a step, blocks that leave a window, eviction, preemption and cache resets are right if, and only if, that
-holds. Models have one full group, one windowed group, or two groups. All of it is checked after each rule; a violation
-is an AssertionError. One seed gives one trace; to see a seed fail:
+hits within a step, blocks that leave a window, eviction, swapping to the host and back, preemption and cache resets are
+right if, and only if, that holds. Models have one full group, one windowed group, or two groups, with host blocks or
+without. All of it is checked after each rule; a violation is an AssertionError. One seed gives one trace; to see a seed
+fail:
 
     python -m fairlead.testing.scheduler_simulation SEED NUM_STEPS
 """
@@ -18,8 +19,9 @@ from random import Random
 from typing import Protocol
 
 from fairlead.request import MAX_N, Request, SamplingParams
-from fairlead.scheduling.batch import SampledToken
+from fairlead.scheduling.batch import CopyKind, SampledToken
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
+from fairlead.scheduling.host_tier import SwapCosts
 from fairlead.testing.scheduler_oracle import EOS, POISON, STOP_TOKEN, Expected, Flight, Oracle, Setup, tables_of
 
 VOCAB_SIZE = 24
@@ -47,25 +49,40 @@ def random_setup(rng: Random) -> Setup:
     block_size = rng.choice((1, 2, 3, 4, 8, 16))
     max_model_len = rng.randint(2, 32)
     budget = rng.choice((1, 2, 3, 5, 8, 16, 64))
+    has_host = rng.random() < 0.6
 
     def group(is_windowed: bool) -> CacheGroup:
         """A window within a block, or of any size up to one that never ends; a pool that may be as small as can be."""
         window = rng.choice((rng.randint(1, block_size), rng.randint(1, max_model_len + 1)))
         sliding_window = window if is_windowed else None
         most = blocks_per_sequence(sliding_window, max_model_len, block_size, budget)
-        return CacheGroup(num_blocks=most + rng.choice((0, 0, 1, 2, 4, 8, 16)), sliding_window=sliding_window)
+        return CacheGroup(
+            num_blocks=most + rng.choice((0, 0, 1, 2, 4) if has_host else (0, 0, 1, 2, 4, 8, 16)),
+            sliding_window=sliding_window,
+            num_host_blocks=rng.choice((0, 1, 3, 8, 100, 100)) if has_host else 0,
+        )
 
+    groups = tuple(map(group, rng.choice(KINDS)))
     return Setup(
         block_size=block_size,
         max_model_len=max_model_len,
         budget=budget,
         max_num_seqs=rng.randint(1, 8),
-        caching=rng.random() < 0.8,
-        groups=tuple(map(group, rng.choice(KINDS))),
+        caching=rng.random() < (0.6 if has_host else 0.8),
+        groups=groups,
+        swap_costs=random_costs(rng, len(groups)) if has_host else None,
         max_chunk=rng.choice((None, None, 1, 2, 4)),
         aging_s=rng.choice((None, None, 0.0, 1.0, 30.0)),
         is_async=rng.random() < 0.5,
     )
+
+
+def random_costs(rng: Random, num_groups: int) -> SwapCosts:
+    """Copies that are free, or that pay for some runs of blocks and not for others."""
+    if rng.random() < 0.7:
+        return SwapCosts(out_s=(0.0,) * num_groups, in_s=(0.0,) * num_groups, overhead_s=0.0, token_s=1.0)
+    in_s = tuple(rng.choice((0.5, 1.0, 3.0, 8.0)) for _ in range(num_groups))
+    return SwapCosts(out_s=in_s, in_s=in_s, overhead_s=rng.choice((0.0, 2.0, 8.0)), token_s=1.0)
 
 
 class Simulation(Oracle):
@@ -106,7 +123,7 @@ class Simulation(Oracle):
         self.now_s += rng.choice((0.0, 0.5, 5.0))
         self.scheduler.add(request, rng.getrandbits(64))
         for index in range(request.params.n):
-            self.open[self.num_added * MAX_N + index] = sequence = Expected(request, index)
+            self.open[self.num_added * MAX_N + index] = sequence = Expected(request, index, not self.setup.caching)
             for token in prompt:
                 sequence.append(token)
         self.num_added += 1
@@ -132,10 +149,13 @@ class Simulation(Oracle):
         """A step whose worker dies half-way."""
         if self.scheduler.has_work:
             lost = [self.scheduler.schedule(), *([self.in_flight.batch] if self.in_flight else [])]
+            for copy in [c for batch in lost for c in batch.block_copies[rng.randint(0, len(batch.block_copies)) :]]:
+                kv = self.host_kv if copy.kind is CopyKind.OUT else self.kv
+                kv[copy.group][copy.destination] = [GARBAGE] * self.block_size
             for chunk in [c for batch in lost for c in batch.chunks[rng.randint(0, len(batch.chunks)) :]]:
-                for kv, (first, blocks) in zip(self.kv, chunk.block_tables, strict=True):
+                for group_kv, (first, blocks) in zip(self.kv, chunk.block_tables, strict=True):
                     for block in blocks[chunk.start // self.block_size - first :]:
-                        kv[block] = [GARBAGE] * self.block_size
+                        group_kv[block] = [GARBAGE] * self.block_size
             ended = self.scheduler.abort_all()
             assert sorted(ended) == sorted({e.request.request_id for e in self.open.values()})
             self.open.clear()
@@ -172,6 +192,7 @@ class Simulation(Oracle):
         self.note("reset")
         self.blocks.reset_cache()
         assert not any(self.cached_blocks())
+        assert not any(tier.blocks for tier in self.blocks.tiers)
         self.check_blocks()
 
     def drain(self, rng: Random) -> None:
@@ -201,12 +222,12 @@ class Simulation(Oracle):
         self.check_batch(batch, before)
         self.check_writes(batch, before, cached_before)
         num_evicted = [len(b.items() - a.items()) for b, a in zip(cached_before, self.cached_blocks(), strict=True)]
-        if self.setup.caching:
+        if self.is_hashing:
             self.check_published(batch, before, [n == 0 for n in num_evicted])
         self.note(batch)
         self.seen["steps"] += 1
         self.seen["preemptions"] += self.scheduler.stats().num_preemptions - num_preemptions
-        self.seen["copies"] += len(batch.block_copies)
+        self.seen["copies"] += sum(copy.kind is CopyKind.WITHIN for copy in batch.block_copies)
         self.seen["evictions"] += sum(num_evicted)
         started = Flight(batch=batch, sequences={c.seq_id: self.open[c.seq_id] for c in batch.chunks})
         ending, self.in_flight = (self.in_flight, started) if self.setup.is_async else (started, None)
@@ -232,8 +253,10 @@ class Simulation(Oracle):
 
     def _execute(self, flight: Flight, nan_seq_id: int | None) -> list[SampledToken]:
         size, batch = self.block_size, flight.batch
-        for group, source, destination in batch.block_copies:
-            self.kv[group][destination] = list(self.kv[group][source])
+        for copy in batch.block_copies:
+            sources = self.host_kv if copy.kind is CopyKind.IN else self.kv
+            destinations = self.host_kv if copy.kind is CopyKind.OUT else self.kv
+            destinations[copy.group][copy.destination] = list(sources[copy.group][copy.source])
         for group, kv in enumerate(self.kv):
             written: set[tuple[int, int]] = set()
             for chunk in batch.chunks:

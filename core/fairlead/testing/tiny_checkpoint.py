@@ -11,7 +11,7 @@ import transformers
 from torch.nn import functional
 
 MAX_PARAMETERS = 6_000_000
-_GAIN, _QUERY_GAIN, _BIAS = 1.5, 3.0, 0.3  # see tiny_model
+_GAIN, _BIAS = 1.5, 0.1  # see tiny_model
 
 _UNGATED_GAIN = 0.5  # behind a plain GELU or ReLU, whose mean is not 0: else the same tokens win almost every step
 
@@ -81,27 +81,42 @@ def tiny_config(model_type: str, settings: Mapping[str, Any] | None = None) -> t
     return config
 
 
-def redraw(model: torch.nn.Module, seed: int) -> None:
-    """Draws all weights anew: attention sharp, token rows of equal length, signs in the last norm."""
+def redraw(model: torch.nn.Module, seed: int, *, gain: float = _GAIN, embedding_scale: float = 1.0) -> None:
+    """Draws all weights of a fresh model of transformers anew: attention sharp, token rows of equal length, signs in
+    the last norm.
+
+    `gain` is that of a matrix on inputs of variance 1: the larger, the more outputs vary, and the more rounding errors
+    grow on the way. `embedding_scale` is for models that multiply their embeddings by about that.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head, embedding = (getattr(model, f"get_{end}put_embeddings", lambda: None)() for end in ("out", "in"))
     rows |= {head.weight} if head is not None else set()
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    tensors |= {name: t for name, t in model.named_buffers() if name.endswith("e_score_correction_bias")}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=generator)
-            if parameter in rows:
+        for name, tensor in tensors.items():
+            drawn = torch.randn(tensor.shape, generator=generator)
+            if tensor in rows:
+                # Else the longest ones win almost every step.
                 drawn = functional.normalize(drawn, dim=1) * (math.sqrt(drawn.shape[1]) / 2)
-            elif parameter.dim() == 1 and name.endswith("weight"):
-                drawn = 1 + 0.2 * drawn if _in_a_layer(name) else drawn.sign()
-            elif parameter.dim() <= 1:
+                drawn /= embedding_scale if embedding is not None and tensor is embedding.weight else 1.0
+            elif tensor.dim() == 1 and name.endswith("weight"):
+                drawn = _drawn_norm(name, drawn)
+                drawn -= 1.0 if not tensor.any() else 0.0  # Gemma stores them less one
+            elif tensor.dim() <= 1:
                 drawn *= _BIAS if _in_a_layer(name) else 0.1 * _BIAS
             else:
-                queries = any(part in name for part in ("q_proj", "query", "qkv", "c_attn", "W_pack"))
+                queries = any(part in name for part in ("q_proj", "q_b_proj", "query", "qkv", "c_attn", "W_pack"))
                 outputs = any(part in name for part in ("fc2", "fc_out", "4h_to_h", "mlp.c_proj"))
-                gain = _QUERY_GAIN if queries else _UNGATED_GAIN if outputs else _GAIN
-                drawn *= gain * drawn.shape[-1] ** -0.5
-            parameter.copy_(drawn)
+                drawn *= (2 * gain if queries else _UNGATED_GAIN if outputs else gain) * drawn.shape[-1] ** -0.5
+            tensor.copy_(drawn)
+
+
+def _drawn_norm(name: str, noise: torch.Tensor) -> torch.Tensor:
+    if not _in_a_layer(name):
+        return noise.sign()  # else a tied head, whose rows are the embeddings, repeats the last token
+    return (4.0 if "q_norm" in name or "q_layernorm" in name else 1.0) + 0.2 * noise
 
 
 def _in_a_layer(name: str) -> bool:
@@ -109,9 +124,12 @@ def _in_a_layer(name: str) -> bool:
 
 
 def write_tiny_checkpoint(
-    directory: Path, model_type: str, *, seed: int = 0, settings: Mapping[str, Any] | None = None
+    directory: Path, model_type: str, *, seed: int = 0, settings: Mapping[str, Any] | None = None, **draw: float
 ) -> Path:
-    """Writes a checkpoint of a type of transformers in float32, without a tokenizer, and returns its directory."""
+    """Writes a checkpoint of a type of transformers in float32, without a tokenizer, and returns its directory.
+
+    `draw` goes to `redraw`.
+    """
     config = tiny_config(model_type, settings)
     make: Callable[..., Any] = transformers.AutoModelForCausalLM.from_config
     with torch.device("meta"):
@@ -120,6 +138,6 @@ def write_tiny_checkpoint(
         raise ValueError(f"the tiny {model_type} has {size} parameters; name smaller settings")
     torch.manual_seed(seed)
     model = make(config)
-    redraw(model, seed)
+    redraw(model, seed, **draw)
     model.save_pretrained(directory)
     return directory

@@ -183,7 +183,8 @@ class _ByteLevelStream:
             if token_id not in self._skipped:
                 tail = self._bytes_of(token_id) + tail
         self._decoder.decode(tail)
-        self._border = _Border(_REPLACEMENT if self._decoder.getstate()[0] else "")
+        # Not always one U+FFFD: the first two bytes of a surrogate are held, and yet are two invalid ones.
+        self._border = _Border(self._decoder.getstate()[0].decode("utf-8", "replace"))
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:

@@ -45,6 +45,8 @@ def load_tokenizer(directory: Path | str, *, revision: str | None = None) -> "To
     A `tokenizer_class` of `TokenizersBackend` (the demo's) is loaded without importing torch: 0.7 s instead of 2.5 s,
     nearly all of it the import. The other classes need AutoTokenizer, which imports torch.
 
+    A tokenizer.model without a tokenizer.json is read by us (see model_file).
+
     Raises ModelNotFoundError without tokenizer files, UnsupportedModelError if it needs its own code or has no fast
     tokenizer, CheckpointError if a file is broken.
     """
@@ -55,8 +57,17 @@ def load_tokenizer(directory: Path | str, *, revision: str | None = None) -> "To
     elif path.exists() or str(directory).startswith(("/", ".", "~")) or str(directory).count("/") > 1:
         raise ModelNotFoundError(f"{directory} is not a directory, so it holds no tokenizer; {_REMEDY}")
     source = str(path) if path.is_dir() else str(directory)
+    more_ends: tuple[str, ...] = ()
     try:
-        loaded = _load_transformers(path, source, revision)
+        if (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file():
+            from fairlead.tokenization import model_file
+
+            found = model_file.load(path)
+            loaded, more_ends = found.transformers_tokenizer, found.more_ends
+        else:
+            loaded = _load_transformers(path, source, revision)
+    except (CheckpointError, UnsupportedModelError) as error:
+        raise type(error)(f"{_one_line(error, limit=600)}; {_REMEDY}") from error
     except ImportError as error:
         raise UnsupportedModelError(f"the tokenizer of {source} needs a package: {_one_line(error)}") from error
     except Exception as error:  # the tokenizers library raises bare Exception on a broken file
@@ -66,7 +77,7 @@ def load_tokenizer(directory: Path | str, *, revision: str | None = None) -> "To
             message = f"no tokenizer found for {source}: {_one_line(error)}; {_REMEDY}"
             raise ModelNotFoundError(message) from error
         raise CheckpointError(f"the tokenizer of {source} cannot be read: {_one_line(error)}; {_REMEDY}") from error
-    return Tokenizer(loaded, source=source)
+    return Tokenizer(loaded, source=source, more_ends=more_ends)
 
 
 def _load_transformers(path: Path, source: str, revision: str | None) -> TransformersTokenizer:
@@ -99,11 +110,13 @@ class Tokenizer:
     """A fast tokenizer. Safe to share among threads: nothing of the backend is changed after construction.
 
     `transformers_tokenizer` is the wrapped object (chat_template, bos_token, eos_token), `backend` the tokenizers
-    library's one, `eos_token_ids` what the tokenizer's own files call the end of a text, `vocab_size` the number of
-    ids with the added tokens. `added_tokens` maps an added token's spelling to whether it is special.
+    library's one, `eos_token_ids` what the tokenizer's own files and `more_ends` call the end of a text, `vocab_size`
+    the number of ids with the added tokens. `added_tokens` maps an added token's spelling to whether it is special.
     """
 
-    def __init__(self, transformers_tokenizer: TransformersTokenizer, *, source: str = "") -> None:
+    def __init__(
+        self, transformers_tokenizer: TransformersTokenizer, *, source: str = "", more_ends: Seq[str] = ()
+    ) -> None:
         backend = getattr(transformers_tokenizer, "backend_tokenizer", None)
         if backend is None:
             kind = type(transformers_tokenizer).__name__
@@ -116,7 +129,9 @@ class Tokenizer:
         self.backend: tokenizers.Tokenizer = backend
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         eos = transformers_tokenizer.eos_token_id
-        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+        ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+        ends = [*ends, *map(backend.token_to_id, more_ends)]
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys(ends))
         added = backend.get_added_tokens_decoder()
         self.added_tokens: dict[str, bool] = {token.content: token.special for token in added.values()}
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
@@ -181,8 +196,8 @@ class Tokenizer:
         if token is None:
             return b""
         if self.is_byte_level:
-            if all(char in _BYTE_OF_CHAR for char in token):
-                return bytes(_BYTE_OF_CHAR[char] for char in token)
+            if all(char in BYTE_OF_CHAR for char in token):
+                return bytes(BYTE_OF_CHAR[char] for char in token)
             return token.encode()
         byte = _BYTE_TOKEN.fullmatch(token) if self.has_byte_fallback else None
         if byte:
@@ -223,4 +238,4 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_of_char()
+BYTE_OF_CHAR = _byte_of_char()

@@ -33,18 +33,41 @@ class Tiles {
     if (upper_) _tile_release();
   }
 
-  // Adds x(rows, k) times two panels of weights, w and w + panel_size, to c.
+  // Adds x(rows, k), at most 32 rows, times two panels of weights, w and w + panel_size, to c.
   template <class Element>
   void add(const typename Element::X* x, int64_t x_stride, int64_t rows, const typename Element::X* w,
            int64_t panel_size, int64_t k, typename Element::C* c, int64_t ldc, bool from_zero) {
-    for (int64_t row = 0; row < rows; row += 32) {
-      int64_t left = std::min<int64_t>(rows - row, 32);
-      configure(static_cast<int>(std::min<int64_t>(left, 16)), static_cast<int>(std::max<int64_t>(left - 16, 0)));
-      if (left > 16)
-        block<Element, true>(x + row * x_stride, x_stride, w, panel_size, k, c + row * ldc, ldc, from_zero);
-      else
-        block<Element, false>(x + row * x_stride, x_stride, w, panel_size, k, c + row * ldc, ldc, from_zero);
-    }
+    configure(static_cast<int>(std::min<int64_t>(rows, 16)), static_cast<int>(std::max<int64_t>(rows - 16, 0)));
+    if (rows > 16)
+      block<Element, true>(x, x_stride, w, panel_size, k, c, ldc, from_zero);
+    else
+      block<Element, false>(x, x_stride, w, panel_size, k, c, ldc, from_zero);
+  }
+
+  // x(rows, 32) times two panels, and the 32 inputs after them times the same panels' next tiles: the sums of the first
+  // to sums(16, 32), those of the second to the 16 rows below. At most 16 rows.
+  void two(const simd::bf16* x, int64_t x_stride, int64_t rows, const simd::bf16* w, int64_t panel_size, float* sums) {
+    constexpr int64_t kTile = Bf16::kStep * 16, kSumsBytes = 32 * 4;
+    const int64_t x_bytes = x_stride * 2;
+    configure(static_cast<int>(rows), static_cast<int>(rows));
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, x, x_bytes);
+    _tile_loadd(6, w, 64);
+    _tile_loadd(7, w + panel_size, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, x + Bf16::kStep, x_bytes);
+    _tile_loadd(6, w + kTile, 64);
+    _tile_loadd(7, w + panel_size + kTile, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    _tile_stored(0, sums, kSumsBytes);
+    _tile_stored(1, sums + 16, kSumsBytes);
+    _tile_stored(2, sums + 16 * 32, kSumsBytes);
+    _tile_stored(3, sums + 16 * 32 + 16, kSumsBytes);
   }
 
  private:
@@ -84,6 +107,13 @@ class Tiles {
       }
     }
     for (int64_t i = 0; i < k; i += Element::kStep, w += kTile) {
+      if constexpr (!kLower) {  // few rows wait for the weights: 4 KiB ahead of them is 5 to 10 % faster
+#pragma GCC unroll 16
+        for (int line = 0; line < 16; line++) {
+          __builtin_prefetch(w + 4 * kTile + line * (kTile / 16));
+          __builtin_prefetch(w + panel_size + 4 * kTile + line * (kTile / 16));
+        }
+      }
       _tile_loadd(4, x + i, x_bytes);
       _tile_loadd(6, w, 64);
       _tile_loadd(7, w + panel_size, 64);

@@ -32,6 +32,9 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
+// Up to so many rows a unit waits for memory, so it asks for a tile ahead.
+constexpr int kFewRows = 16;
+
 // What a row has so far: its largest score (in log2), the sum of its weights, the weighted sum of values.
 struct Partial {
   float best, total;
@@ -70,8 +73,7 @@ struct Layer {
   const int query_stride = shape.key_units() * Kv::kStep;
   const bool is_linear = shape.soft_cap == 0 && !shape.alibi_slopes;  // the scores, in the dot products
 #if defined(__AMX_BF16__)
-  const TileConfig score_tiles{tile_depth(shape.key_units())};
-  const TileConfig value_tiles{Tile<Kv>::grain(shape) / Kv::kPair};
+  const TileConfig tiles{tile_depth(shape.key_units()), Tile<Kv>::grain(shape) / Kv::kPair};
 #endif
 
   static constexpr int kWeightStride = kTile * Kv::kStep / Kv::kPair;
@@ -150,25 +152,28 @@ struct Layer {
   }
 
   // The tile's scores, [begin, end) of them, of all rows.
-  void scores(int num_rows, int begin, int end, const Tile<Kv>& tile, const Buffers& b) const {
+  template <bool Ahead>
+  void scores(int num_rows, int begin, int end, const Tile<Kv>& tile, const Tile<Kv>& next, const Buffers& b) const {
     const int first = begin / kSegment, count = (end - begin) / kSegment;
+    const KeyUnits keys{tile.keys + first, next.keys + first, kSegment};
     if constexpr (Kv::kTiled) {
 #if defined(__AMX_BF16__)
-      const int depth = score_tiles.depth;
-      if (value_tiles.depth != depth) _tile_loadconfig(&score_tiles);
-      auto keys = [&tile, first, depth](int k, int s) { return tile.keys[first + s] + k * depth * kSegment; };
-      tile_product<false>((num_rows + kTileRows - 1) / kTileRows, count, b.queries, query_stride, keys, kSegment,
-                          shape.key_units() / depth, depth, b.scores + begin, kScoreStride);
+      const int depth = tile_depth(shape.key_units());
+      tile_product<ScoreTiles, Ahead>((num_rows + kTileRows - 1) / kTileRows, count, b.queries, query_stride, keys,
+                                      shape.key_units() / depth, depth, b.scores + begin, kScoreStride);
 #endif
     } else {
-      auto keys = [&tile, first](int k, int s) { return tile.keys[first + s] + k * kSegment; };
-      product<Kv>(num_rows, count, b.queries, query_stride, keys, shape.key_units(), b.scores + begin, kScoreStride,
-                  nullptr);
+      product<Kv, Ahead>(num_rows, count, b.queries, query_stride, keys, shape.key_units(), b.scores + begin,
+                         kScoreStride, nullptr);
     }
   }
 
   // values = values * factor + weights * the tile's values, over its keys [begin, end).
-  void add_values(int num_rows, int begin, int end, const Tile<Kv>& tile, const Buffers& b) const {
+  template <bool Ahead>
+  void add_values(int num_rows, int begin, int end, const Tile<Kv>& tile, const Tile<Kv>& next, const Buffers& b) const {
+    const int first = begin / kSegment, grain = Tile<Kv>::grain(shape);
+    const ValueUnits values{tile.values + first, next.values + first, columns, grain / Kv::kPair, grain / kSegment};
+    const A* weights = b.weights + begin / Kv::kPair * Kv::kStep;
     if constexpr (Kv::kTiled) {
 #if defined(__AMX_BF16__)
       for (int r = 0; r < num_rows; r++) {
@@ -177,31 +182,22 @@ struct Layer {
         for (int i = 0; i < columns; i += simd::kWidth)
           simd::store(row + i, simd::load(row + i) * simd::set1(b.sums.factor[r]));
       }
-      const int depth = value_tiles.depth, grain = depth * Kv::kPair;
-      if (score_tiles.depth != depth) _tile_loadconfig(&value_tiles);
-      auto values = [&tile, begin, grain](int k, int s) {
-        return tile.values[(begin + k * grain) / kSegment] + s * kSegment;
-      };
-      tile_product<true>((num_rows + kTileRows - 1) / kTileRows, columns / kSegment,
-                         b.weights + begin / Kv::kPair, kWeightStride, values, columns, (end - begin) / grain, depth,
-                         b.values, columns);
+      tile_product<ValueTiles, Ahead>((num_rows + kTileRows - 1) / kTileRows, columns / kSegment, weights,
+                                      kWeightStride, values, (end - begin) / grain, grain / Kv::kPair, b.values,
+                                      columns);
 #endif
     } else {
-      constexpr int kPerSegment = kSegment / Kv::kPair;
-      const uint32_t* const* rows = tile.values + begin / kSegment;
-      auto values = [this, rows](int k, int s) {
-        return rows[k / kPerSegment] + k % kPerSegment * columns + s * kSegment;
-      };
-      product<Kv>(num_rows, columns / kSegment, b.weights + begin / Kv::kPair * Kv::kStep, kWeightStride, values,
-                  (end - begin) / Kv::kPair, b.values, columns, b.sums.factor);
+      product<Kv, Ahead>(num_rows, columns / kSegment, weights, kWeightStride, values, (end - begin) / Kv::kPair,
+                         b.values, columns, b.sums.factor);
     }
   }
 
-  void run_tile(int num_rows, int kv_head, const int32_t* table, int start, int low, int high, const Buffers& b) const {
-    Tile<Kv> tile;
-    tile.load(shape, cache, table, kv_head, start, low, high, b.tile);
+  // Of the tile at `start`, the keys [low, high) that a row sees. `next` is the tile to ask for, or this one.
+  template <bool Ahead>
+  void run_tile(int num_rows, const Tile<Kv>& tile, const Tile<Kv>& next, int start, int low, int high,
+                const Buffers& b) const {
     const int grain = Tile<Kv>::grain(shape), begin = low / grain * grain, end = (high + grain - 1) / grain * grain;
-    scores(num_rows, begin, end, tile, b);
+    scores<Ahead>(num_rows, begin, end, tile, next, b);
     for (int r = 0; r < num_rows; r++) {
       const Row& row = b.rows[r];
       float* scores = b.scores + r * kScoreStride;
@@ -215,7 +211,7 @@ struct Layer {
       softmax_tile<Kv, kTile / simd::kWidth>(num_rows, b.scores, 0, scale, b.sums, weights, kWeightStride);
     else
       softmax_tile<Kv, 0>(num_rows, b.scores + begin, (end - begin) / simd::kWidth, scale, b.sums, weights, kWeightStride);
-    add_values(num_rows, begin, end, tile, b);
+    add_values<Ahead>(num_rows, begin, end, tile, next, b);
   }
 
   void run_span(const Unit& unit, int span, int kv_head, int low, int high, const Buffers& b) const {
@@ -223,9 +219,20 @@ struct Layer {
     std::fill(b.sums.best, b.sums.best + shape.max_rows(), -kInfinity);
     std::memset(b.sums.lanes, 0, sizeof(float) * unit.num_rows * simd::kWidth);
     std::memset(b.values, 0, sizeof(float) * unit.num_rows * columns);
+    const bool is_ahead = unit.num_rows <= kFewRows && shape.is_packed();
     for (int start = span * kSpan; start < (span + 1) * kSpan; start += kTile) {
       int from = std::max(low - start, 0), to = std::min(high - start, kTile);
-      if (from < to) run_tile(unit.num_rows, kv_head, table, start, from, to, b);
+      if (from >= to) continue;
+      Tile<Kv> tile;
+      tile.load(shape, cache, table, kv_head, start, from, to, b.tile);
+      if (!is_ahead) {
+        run_tile<false>(unit.num_rows, tile, tile, start, from, to, b);
+        continue;
+      }
+      Tile<Kv> next = tile;
+      to = std::min(high - start - kTile, kTile);
+      if (to > 0) next.find(shape, cache, table, kv_head, start + kTile, 0, to);
+      run_tile<true>(unit.num_rows, tile, next, start, from, std::min(high - start, kTile), b);
     }
     for (int r = 0; r < unit.num_rows; r++) b.total[r] = simd::reduce_add(simd::load(b.sums.lanes + r * simd::kWidth));
   }
@@ -242,7 +249,7 @@ struct Layer {
     const Buffers b = buffers();
     gather_rows(unit, kv_head, b);
 #if defined(__AMX_BF16__)
-    if (Kv::kTiled && score_tiles.depth == value_tiles.depth) _tile_loadconfig(&score_tiles);
+    if (Kv::kTiled) _tile_loadconfig(&tiles);
 #endif
     int low = b.rows[0].low, high = b.rows[0].high;
     for (int r = 1; r < unit.num_rows; r++) {
@@ -270,6 +277,9 @@ struct Layer {
         }
       }
     }
+#if defined(__AMX_BF16__)
+    if (Kv::kTiled) _tile_release();  // no thread sleeps with live tiles
+#endif
     if (unit.is_partial) return;
     for (int r = 0; r < unit.num_rows; r++)
       put_out(b.rows[r].out, {merged_best[r], merged_total[r], b.merged + r * columns});

@@ -73,23 +73,30 @@ struct Tile {
   // NaN too. `own` is room for kTileSegments segments, all of it written before.
   void load(const Shape& shape, const void* cache, const int32_t* table, int head, int start, int low, int high,
             uint32_t* own) {
-    if (shape.is_packed())
-      find(shape, static_cast<const uint32_t*>(cache), table, head, start, low, high, own);
-    else
+    if (shape.is_packed()) {
+      find(shape, cache, table, head, start, low, high);
+      clear_edges(shape, low, high, own);
+    } else {
       pack(shape, static_cast<const typename Kv::Element*>(cache), table, head, start, low, high, own);
+    }
   }
 
- private:
-  void find(const Shape& shape, const uint32_t* cache, const int32_t* table, int head, int start, int low, int high,
-            uint32_t* own) {
+  // Of a packed cache, touching nothing.
+  void find(const Shape& shape, const void* cache, const int32_t* table, int head, int start, int low, int high) {
     const int64_t block_units = shape.block_bytes() / 4;
     const int per_block = shape.block_size / kSegment, size = grain(shape);
     for (int s = low / size * size / kSegment; s * kSegment < (high + size - 1) / size * size; s++) {
       int segment = start / kSegment + s;
-      const uint32_t* at = cache + table[segment / per_block] * block_units + head * shape.head_units();
+      const uint32_t* at = static_cast<const uint32_t*>(cache) + table[segment / per_block] * block_units +
+                           head * shape.head_units();
       keys[s] = at + segment % per_block * shape.segment_key_units();
       values[s] = at + per_block * shape.segment_key_units() + segment % per_block * shape.segment_value_units();
     }
+  }
+
+ private:
+  void clear_edges(const Shape& shape, int low, int high, uint32_t* own) {
+    const int size = grain(shape);
     if (low % size) own = clear(shape, low / size * size, low, high, own);
     if (high % size && (low % size == 0 || high / size != low / size)) clear(shape, high / size * size, low, high, own);
   }

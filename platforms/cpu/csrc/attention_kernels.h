@@ -135,11 +135,33 @@ struct Bfloat16 {  // pairs of floats times pairs of bfloat16
 };
 #endif
 
-// The two products. In both, c (rows at a stride) is num_rows x 16 num_segments, a has num_units * kStep entries per row,
+// The right sides of the two products, 16 units at a time: `at(k, s)` of entry k and segment s of the columns, and
+// `ahead(k, s)`, the same place a tile later. Asking for that one while this one is worked on keeps memory busy.
+struct KeyUnits {
+  const uint32_t* const* segments;
+  const uint32_t* const* next;
+  int stride;
+  const uint32_t* at(int k, int s) const { return segments[s] + k * stride; }
+  const uint32_t* ahead(int k, int s) const { return next[s] + k * stride; }
+};
+
+// `per_grain` entries stand `stride` units apart, `grain` segments later come the next.
+struct ValueUnits {
+  const uint32_t* const* segments;
+  const uint32_t* const* next;
+  int stride, per_grain, grain;
+  const uint32_t* at(int k, int s) const { return from(segments, k, s); }
+  const uint32_t* ahead(int k, int s) const { return from(next, k, s); }
+  const uint32_t* from(const uint32_t* const* rows, int k, int s) const {
+    return rows[k / per_grain * grain] + k % per_grain * stride + s * kSegment;
+  }
+};
+
+// The products themselves. In both, c (rows at a stride) is num_rows x 16 num_segments, a has num_units * kStep entries per row,
 // and `b(k, segment)` is where the 16 units of the right side stand that row's entry k is multiplied with.
 // c is taken times scale[row] first; without scales it starts at 0.
-template <class Kv, int Rows, int Segments, class B>
-inline void product_block(const typename Kv::A* a, int a_stride, const B& b, int num_units, float* c, int c_stride,
+template <class Kv, bool Ahead, int Rows, int Segments, class B>
+inline void product_block(const typename Kv::A* a, int a_stride, const B& b, int first, int num_units, float* c, int c_stride,
                           const float* scale) {
   Vf sum[Rows][Segments * kVectors];
 #pragma GCC unroll 8
@@ -151,7 +173,8 @@ inline void product_block(const typename Kv::A* a, int a_stride, const B& b, int
   for (int k = 0; k < num_units; k++) {
 #pragma GCC unroll 8
     for (int s = 0; s < Segments; s++) {
-      const uint32_t* units = b(k, s);
+      const uint32_t* units = b.at(k, first + s);
+      if constexpr (Ahead) __builtin_prefetch(b.ahead(k, first + s));
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; v++) {
 #pragma GCC unroll 8
@@ -169,14 +192,14 @@ inline void product_block(const typename Kv::A* a, int a_stride, const B& b, int
   }
 }
 
-template <class Kv, int Segments, class B>
-inline void product_rows(int num_rows, const typename Kv::A* a, int a_stride, const B& b, int num_units, float* c,
-                         int c_stride, const float* scale) {
+template <class Kv, bool Ahead, int Segments, class B>
+inline void product_rows(int num_rows, const typename Kv::A* a, int a_stride, const B& b, int first, int num_units,
+                         float* c, int c_stride, const float* scale) {
   int r = 0;
   auto block = [&](auto rows) {
     constexpr int kBlock = decltype(rows)::value;
-    product_block<Kv, kBlock, Segments>(a + r * a_stride, a_stride, b, num_units, c + r * c_stride, c_stride,
-                                        scale ? scale + r : nullptr);
+    product_block<Kv, Ahead, kBlock, Segments>(a + r * a_stride, a_stride, b, first, num_units, c + r * c_stride,
+                                               c_stride, scale ? scale + r : nullptr);
     r += kBlock;
   };
   while (num_rows - r >= kRows) block(std::integral_constant<int, kRows>{});
@@ -188,14 +211,13 @@ inline void product_rows(int num_rows, const typename Kv::A* a, int a_stride, co
   if (num_rows - r == 1) block(std::integral_constant<int, 1>{});
 }
 
-template <class Kv, class B>
+template <class Kv, bool Ahead, class B>
 inline void product(int num_rows, int num_segments, const typename Kv::A* a, int a_stride, const B& b, int num_units,
                     float* c, int c_stride, const float* scale) {
   int s = 0;
   auto part = [&](auto segments) {
     constexpr int kBlock = decltype(segments)::value;
-    auto from_s = [&b, s](int k, int i) { return b(k, s + i); };
-    product_rows<Kv, kBlock>(num_rows, a, a_stride, from_s, num_units, c + s * kSegment, c_stride, scale);
+    product_rows<Kv, Ahead, kBlock>(num_rows, a, a_stride, b, s, num_units, c + s * kSegment, c_stride, scale);
     s += kBlock;
   };
   while (num_segments - s >= kWide) part(std::integral_constant<int, kWide>{});

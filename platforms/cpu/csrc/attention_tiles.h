@@ -8,17 +8,19 @@ namespace attention {
 
 constexpr int kTileRows = 16;
 
-// Tiles 0 to 3 are sums, 4 and 5 the left side, 6 and 7 the right side.
+// Tiles 0 and 1 are sums. The left and right sides of the scores are tiles 2 and 3, 4, those of the values 5 and 6, 7:
+// their depths may differ, and to configure anew between the two stops the pipeline.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
-  int depth;  // beyond the 64 bytes that the instruction reads
 
-  explicit TileConfig(int units) : depth(units) {
+  TileConfig(int score_depth, int value_depth) {
     for (int i = 0; i < 8; i++) {
-      rows[i] = static_cast<uint8_t>(i < 6 ? kTileRows : depth);
-      row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth * 4 : 64);
+      const int depth = i < 5 ? score_depth : value_depth;
+      const bool is_left = i == 2 || i == 5;
+      rows[i] = static_cast<uint8_t>(i < 2 || is_left ? kTileRows : depth);
+      row_bytes[i] = static_cast<uint16_t>(is_left ? depth * 4 : 64);
     }
   }
 };
@@ -30,49 +32,65 @@ inline int tile_depth(int n) {
   return depth;
 }
 
-// c (row_tiles x column_tiles tiles, rows at a stride) = a b, or c + a b. `b(k, column_tile)` is where the k-th tile of
-// the right side stands, its rows b_stride units apart; a's tile k starts at entry k * depth of its row.
-template <bool Add, class B>
-inline void tile_product(int row_tiles, int column_tiles, const uint32_t* a, int a_stride, const B& b, int b_stride,
-                         int num_depths, int depth, float* c, int c_stride) {
+// What differs between the two: which tiles, and whether the sums start at what is in c.
+struct ScoreTiles {
+  static void begin(const float*, int, bool) {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  static void left(const uint32_t* a, int stride) { _tile_loadd(2, a, stride * 4); }
+  static void multiply_first(const uint32_t* b, int stride) {
+    _tile_loadd(3, b, stride * 4);
+    _tile_dpbf16ps(0, 2, 3);
+  }
+  static void multiply_second(const uint32_t* b, int stride) {
+    _tile_loadd(4, b, stride * 4);
+    _tile_dpbf16ps(1, 2, 4);
+  }
+};
+
+struct ValueTiles {
+  static void begin(const float* c, int stride, bool two) {
+    _tile_loadd(0, c, stride * 4);
+    if (two) _tile_loadd(1, c + 16, stride * 4);
+  }
+  static void left(const uint32_t* a, int stride) { _tile_loadd(5, a, stride * 4); }
+  static void multiply_first(const uint32_t* b, int stride) {
+    _tile_loadd(6, b, stride * 4);
+    _tile_dpbf16ps(0, 5, 6);
+  }
+  static void multiply_second(const uint32_t* b, int stride) {
+    _tile_loadd(7, b, stride * 4);
+    _tile_dpbf16ps(1, 5, 7);
+  }
+};
+
+// c (row_tiles x column_tiles tiles, rows at a stride) = a b, or c + a b, over num_depths * depth units.
+template <class Tiles, bool Ahead, class B>
+inline void tile_product(int row_tiles, int column_tiles, const uint32_t* a, int a_stride, const B& b, int num_depths,
+                         int depth, float* c, int c_stride) {
+  auto ask_ahead = [&b, depth](int k, int j) {
+    if constexpr (Ahead) {
+      const uint32_t* next = b.ahead(k, j);
+      for (int i = 0; i < depth; i++) __builtin_prefetch(next + i * b.stride);
+    }
+  };
   asm volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read memory
   for (int j = 0; j < column_tiles; j += 2) {
-    const bool two_columns = j + 1 < column_tiles;
-    for (int i = 0; i < row_tiles; i += 2) {
-      const bool two_rows = i + 1 < row_tiles;
-      float* c0 = c + i * kTileRows * c_stride + j * 16;
-      float* c1 = c0 + kTileRows * c_stride;
-      if constexpr (Add) {
-        _tile_loadd(0, c0, c_stride * 4);
-        if (two_columns) _tile_loadd(1, c0 + 16, c_stride * 4);
-        if (two_rows) _tile_loadd(2, c1, c_stride * 4);
-        if (two_rows && two_columns) _tile_loadd(3, c1 + 16, c_stride * 4);
-      } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      }
-      const uint32_t* a0 = a + i * kTileRows * a_stride;
-      const uint32_t* a1 = a0 + kTileRows * a_stride;
+    const bool two = j + 1 < column_tiles;
+    for (int i = 0; i < row_tiles; i++) {
+      float* sums = c + i * kTileRows * c_stride + j * 16;
+      Tiles::begin(sums, c_stride, two);
       for (int k = 0; k < num_depths; k++) {
-        _tile_loadd(6, b(k, j), b_stride * 4);
-        _tile_loadd(4, a0 + k * depth, a_stride * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        if (two_columns) {
-          _tile_loadd(7, b(k, j + 1), b_stride * 4);
-          _tile_dpbf16ps(1, 4, 7);
-        }
-        if (two_rows) {
-          _tile_loadd(5, a1 + k * depth, a_stride * 4);
-          _tile_dpbf16ps(2, 5, 6);
-          if (two_columns) _tile_dpbf16ps(3, 5, 7);
-        }
+        Tiles::left(a + i * kTileRows * a_stride + k * depth, a_stride);
+        Tiles::multiply_first(b.at(k * depth, j), b.stride);
+        ask_ahead(k * depth, j);
+        if (!two) continue;
+        Tiles::multiply_second(b.at(k * depth, j + 1), b.stride);
+        ask_ahead(k * depth, j + 1);
       }
-      _tile_stored(0, c0, c_stride * 4);
-      if (two_columns) _tile_stored(1, c0 + 16, c_stride * 4);
-      if (two_rows) _tile_stored(2, c1, c_stride * 4);
-      if (two_rows && two_columns) _tile_stored(3, c1 + 16, c_stride * 4);
+      _tile_stored(0, sums, c_stride * 4);
+      if (two) _tile_stored(1, sums + 16, c_stride * 4);
     }
   }
 }

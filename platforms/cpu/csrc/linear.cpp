@@ -2,10 +2,6 @@
 #include "kernels.h"
 #include "replay.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 using namespace matmul;
 
 // y(num_rows, out) = activation(x W^T + bias) + residual. Strides are in elements; rows are contiguous. y may be the
@@ -28,15 +24,4 @@ FL_API void fl_linear(const FlLinear* layer, const void* x, int64_t x_stride, in
 
 FL_RECORDABLE(fl_linear)
 
-// Asks for huge pages under [p, p + bytes). Call it before the memory is first written.
-FL_API void fl_advise_huge_pages(void* p, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHuge = 2 << 20;
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) / kHuge * kHuge;
-  uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused: smaller pages
-#else
-  (void)p;
-  (void)bytes;
-#endif
-}
+FL_API void fl_advise_huge_pages(void* p, int64_t bytes) { advise_huge_pages(p, bytes); }

@@ -17,6 +17,10 @@
 #include "pool.h"
 #include "simd.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace matmul {
 
 using simd::bf16;
@@ -25,10 +29,20 @@ using simd::Vf;
 constexpr int kPanel = 16;
 constexpr int kGroup = 32;
 constexpr int kPadK = 64;
+constexpr int kQuantGroup = 32;  // int4: inputs that share a scale
 
 enum Scheme : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 enum Dtype : int32_t { kF32 = 0, kBf16 = 1 };
-enum Activation : int32_t { kNone = 0, kSiluMul = 1, kGeluTanhMul = 2, kGeluMul = 3, kGeluTanh = 4, kGelu = 5, kRelu = 6, kSilu = 7 };
+enum Activation : int32_t {
+  kNone = 0,
+  kSiluMul = 1,  // the three that multiply by the up projection come first
+  kGeluTanhMul = 2,
+  kGeluMul = 3,
+  kGeluTanh = 4,
+  kGelu = 5,
+  kRelu = 6,
+  kSilu = 7,
+};
 
 inline bool gated(int32_t activation) { return activation >= kSiluMul && activation <= kGeluMul; }
 inline int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
@@ -42,8 +56,6 @@ struct FlLinear {
   int32_t x_dtype;     // matmul::Dtype of x
   int32_t y_dtype;     // of y and of the residual
   int32_t activation;  // matmul::Activation, after the bias and before the residual
-  int32_t quant_group; // int4: inputs that share a scale, 32 or 64
-  int32_t reserved;
   int64_t k;
   int64_t out;          // columns of y; with a gated activation W has twice as many rows
   const void* weight;   // packed
@@ -56,6 +68,19 @@ namespace matmul {
 // Columns of y in a group of packed columns.
 inline int64_t group_columns(const FlLinear& layer) { return gated(layer.activation) ? kPanel : kGroup; }
 
+// Asks for huge pages under [p, p + bytes), where there are such. Useful before the memory is first written.
+inline void advise_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = 2 << 20;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) / kHuge * kHuge;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused: smaller pages
+#else
+  (void)p;
+  (void)bytes;
+#endif
+}
+
 // Scratch of one thread, one buffer per slot, grown to what was asked for last and kept.
 template <int kSlot>
 inline void* scratch(int64_t bytes) {
@@ -65,11 +90,14 @@ inline void* scratch(int64_t bytes) {
     ~Buffer() { std::free(p); }
   };
   static thread_local Buffer buffer;
-  bytes = round_up(bytes, 4096);
   if (bytes > buffer.bytes) {
+    constexpr int64_t kHuge = 2 << 20;
+    const int64_t unit = bytes >= kHuge / 2 ? kHuge : 4096;
+    bytes = round_up(bytes, unit);
     std::free(buffer.p);
-    buffer.p = std::aligned_alloc(4096, static_cast<size_t>(bytes));
+    buffer.p = std::aligned_alloc(static_cast<size_t>(unit), static_cast<size_t>(bytes));
     if (!buffer.p) throw std::bad_alloc();
+    if (unit == kHuge) advise_huge_pages(buffer.p, bytes);
     buffer.bytes = bytes;
   }
   return buffer.p;
@@ -134,7 +162,8 @@ inline void finish_panel(const Call& call, int64_t row, int64_t packed, int64_t 
   const FlLinear& layer = *call.layer;
   const int64_t left = layer.out - column;
   Y* y = static_cast<Y*>(call.y) + row * call.y_stride + column;
-  const Y* residual = call.residual ? static_cast<const Y*>(call.residual) + row * call.residual_stride + column : nullptr;
+  const Y* residual = static_cast<const Y*>(call.residual);
+  if (residual) residual += row * call.residual_stride + column;
   const Y* bias = call.bias ? static_cast<const Y*>(call.bias) + column : nullptr;
   auto part = [&](int i, auto load, auto store) {
     Vf v = scaled(packed + i);
@@ -156,18 +185,33 @@ inline void finish_panel(const Call& call, int64_t row, int64_t packed, int64_t 
   }
 }
 
-// The same for one group of a row. scaled(at) takes the packed column.
-template <class Scaled>
-inline void finish_group(const Call& call, int64_t row, int64_t group, const Scaled& scaled) {
-  bool wide = call.layer->y_dtype == kF32;
-  bool pair = gated(call.layer->activation);
-  for (int panel = 0; panel < (pair ? 1 : 2); panel++) {
-    int64_t packed = group * kGroup + panel * kPanel, column = pair ? group * kPanel : packed;
-    if (wide)
-      finish_panel<float>(call, row, packed, column, scaled);
-    else
-      finish_panel<bf16>(call, row, packed, column, scaled);
+// The same for `count` rows of one group, from `row` on; scaled(i, at) is for the i-th of them.
+template <class Y, class Scaled>
+inline void finish_rows(const Call& call, int64_t row, int64_t count, int64_t group, const Scaled& scaled) {
+  const FlLinear& layer = *call.layer;
+  const int64_t first = group * kGroup;
+  const bool plain = layer.activation == kNone && !call.bias && !call.residual && first + kGroup <= layer.out;
+  if (plain) {
+    Y* y = static_cast<Y*>(call.y) + row * call.y_stride + first;
+    for (int64_t i = 0; i < count; i++, y += call.y_stride)
+#pragma GCC unroll 8
+      for (int at = 0; at < kGroup; at += simd::kWidth) simd::store(y + at, scaled(i, first + at));
+    return;
   }
+  const bool pair = gated(layer.activation);
+  for (int64_t i = 0; i < count; i++)
+    for (int panel = 0; panel < (pair ? 1 : 2); panel++) {
+      const int64_t packed = first + panel * kPanel, column = pair ? group * kPanel : packed;
+      finish_panel<Y>(call, row + i, packed, column, [&](int64_t at) { return scaled(i, at); });
+    }
+}
+
+template <class Scaled>
+inline void finish_group(const Call& call, int64_t row, int64_t count, int64_t group, const Scaled& scaled) {
+  if (call.layer->y_dtype == kF32)
+    finish_rows<float>(call, row, count, group, scaled);
+  else
+    finish_rows<bf16>(call, row, count, group, scaled);
 }
 
 // The rows of x as a kernel reads them, `stride` elements apart.
@@ -177,27 +221,46 @@ struct Rows {
   int64_t stride;
 };
 
+// Elements from one prepared row to the next: a line more than the row, because rows that lie a multiple of 4 KiB apart
+// share one set of the level 1 cache, and a tile of 12 to 32 of them would not fit there.
+template <class X>
+inline int64_t row_stride(const FlLinear& layer) {
+  return round_up(layer.k, kPadK) + 64 / static_cast<int64_t>(sizeof(X));
+}
+
+// x as it is, if a kernel that reads X can take it: the type, whole steps of K and, where a tile of rows has to stay in
+// the level 1 cache, rows that do not crowd into one set of it.
+template <class X>
+inline Rows<X> direct_rows(const Call& call, bool rows_are_reused) {
+  const bool crowded =
+      rows_are_reused && call.num_rows > 4 && call.x_stride * static_cast<int64_t>(sizeof(X)) % 1024 == 0;
+  const bool fits = call.layer->k % kPadK == 0 && call.layer->x_dtype == (sizeof(X) == 2 ? kBf16 : kF32) && !crowded;
+  return {fits ? static_cast<const X*>(call.x) : nullptr, call.x_stride};
+}
+
 // Runs a kernel over all rows and groups. Kernel has
 //   X, C                types of the prepared inputs and of the sums
 //   kRows, kBlockK      rows of its register tile; how much of K it takes at a time when there are more rows than that
 //   direct(call)        x as it is, where the kernel can read it, else null data
-//   row_size(layer)     size of a prepared row, in X
 //   prepare(call, row, X* to)
 //   Kernel(layer)       state of a thread
-//   add(rows, num_rows, group, k0, k1, c, ldc)   adds x[:, k0:k1] W to the sums of one group; k0 = 0 starts at zero
-//   finish(call, x_row, row, group, c)           the epilogue of one row of one group
+//   begin(group, k0, k1)                  what one group and part of K need once for all rows
+//   add(rows, count, group, k0, k1, c, ldc)   adds x[:count, k0:k1] W to the sums of one group, for at most kRows rows;
+//                                             k0 = 0 starts at zero
+//   finish(call, rows, row, count, group, c)  the epilogue of `count` rows of one group, of which row is the first
 template <class Kernel>
 void run(const Call& call) {
   using X = typename Kernel::X;
   using C = typename Kernel::C;
-  constexpr int64_t kRowBlock = 512, kGroupBlock = 4;
+  // A block of 512 rows by kBlockK inputs, the sums of 8 groups and the weights at hand stay in a level 2 cache.
+  constexpr int64_t kRowBlock = 512, kGroupBlock = 8, kRows = Kernel::kRows;
   const FlLinear& layer = *call.layer;
   const int64_t groups = (layer.out + group_columns(layer) - 1) / group_columns(layer);
   const int64_t k = round_up(layer.k, kPadK);
   const int64_t row_blocks = (call.num_rows + kRowBlock - 1) / kRowBlock;
   Rows<X> x = Kernel::direct(call);
   if (!x.data) {
-    x.stride = Kernel::row_size(layer);
+    x.stride = row_stride<X>(layer);
     X* to = static_cast<X*>(scratch<kInputs>(call.num_rows * x.stride * static_cast<int64_t>(sizeof(X))));
     x.data = to;
     auto prepare = [&](int64_t begin, int64_t end) {
@@ -210,20 +273,30 @@ void run(const Call& call) {
   }
   parallel_for(row_blocks * groups, [&](int64_t begin, int64_t end) {
     Kernel kernel(layer);
-    while (begin < end) {
-      const int64_t row0 = begin / groups * kRowBlock, group0 = begin % groups;
+    for (int64_t unit = begin; unit < end;) {
+      const int64_t row0 = unit / groups * kRowBlock, group0 = unit % groups;
       const int64_t rows = std::min(call.num_rows - row0, kRowBlock);
-      const int64_t count = std::min(std::min(end - begin, kGroupBlock), groups - group0);
-      const Rows<X> block{x.data + row0 * x.stride, x.stride};
-      C* c = static_cast<C*>(scratch<kSums>(rows * count * kGroup * static_cast<int64_t>(sizeof(C))));
-      const int64_t step = rows <= Kernel::kRows ? k : Kernel::kBlockK;
+      const bool whole = rows <= kRows || k <= Kernel::kBlockK;  // K in one piece
+      const int64_t step = whole ? k : Kernel::kBlockK;
+      const int64_t num_groups = whole ? 1 : std::min(std::min(end - unit, kGroupBlock), groups - group0);
+      // Sums are finished some tiles after they were stored: reading them at once would wait for the stores.
+      const int64_t batch = 4 * kRows, kept = whole ? std::min(rows, batch) : rows;
+      C* sums = static_cast<C*>(scratch<kSums>(num_groups * kept * kGroup * static_cast<int64_t>(sizeof(C))));
       for (int64_t k0 = 0; k0 < k; k0 += step)
-        for (int64_t g = 0; g < count; g++)
-          kernel.add(block, rows, group0 + g, k0, std::min(k0 + step, k), c + g * kGroup, count * kGroup);
-      for (int64_t row = 0; row < rows; row++)
-        for (int64_t g = 0; g < count; g++)
-          Kernel::finish(call, block.data + row * x.stride, row0 + row, group0 + g, c + (row * count + g) * kGroup);
-      begin += count;
+        for (int64_t g = 0; g < num_groups; g++) {
+          const int64_t k1 = std::min(k0 + step, k), group = group0 + g;
+          kernel.begin(group, k0, k1);
+          for (int64_t first = 0; first < rows; first += batch) {
+            const int64_t last = std::min(first + batch, rows);
+            C* c = sums + (g * kept + (whole ? 0 : first)) * kGroup;
+            const Rows<X> block{x.data + (row0 + first) * x.stride, x.stride};
+            for (int64_t row = first; row < last; row += kRows)
+              kernel.add({block.data + (row - first) * x.stride, x.stride}, std::min(last - row, kRows), group, k0, k1,
+                         c + (row - first) * kGroup, kGroup);
+            if (k1 == k) Kernel::finish(call, block, row0 + first, last - first, group, c);
+          }
+        }
+      unit += num_groups;
     }
   });
 }

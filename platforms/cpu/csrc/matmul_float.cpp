@@ -19,8 +19,11 @@ struct FloatSums {
 template <class Base>
 struct FloatKernel : Base {
   using Base::Base;
-  static void finish(const Call& call, const typename Base::X*, int64_t row, int64_t group, const float* c) {
-    finish_group(call, row, group, [&](int64_t at) { return simd::load(c + (at - group * kGroup)); });
+  using X = typename Base::X;
+  static void finish(const Call& call, Rows<X>, int64_t row, int64_t count, int64_t group, const float* c) {
+    finish_group(call, row, count, group, [&](int64_t i, int64_t at) {
+      return simd::load(c + i * kGroup + (at - group * kGroup));
+    });
   }
 };
 
@@ -37,11 +40,7 @@ struct Float32 : FloatSums {
 
 struct Float32Kernel : FloatKernel<TileKernel<Float32>> {
   using FloatKernel::FloatKernel;
-  static Rows<float> direct(const Call& call) {
-    bool as_it_is = call.layer->k % kPadK == 0 && call.layer->x_dtype == kF32;
-    return {as_it_is ? static_cast<const float*>(call.x) : nullptr, call.x_stride};
-  }
-  static int64_t row_size(const FlLinear& layer) { return round_up(layer.k, kPadK); }
+  static Rows<float> direct(const Call& call) { return direct_rows<float>(call, true); }
   static void prepare(const Call& call, int64_t row, float* to) { copy_row(call, row, to); }
 };
 
@@ -51,12 +50,14 @@ struct Bfloat16Base {
   using X = bf16;
   using C = float;
   static constexpr int kRows = 32;
-  static constexpr int64_t kBlockK = 512;
+  static constexpr int64_t kBlockK = 256;
+  static constexpr bool kReusesRows = true;
   const bf16* weight;
   int64_t panel_size;
   amx::Tiles tiles;
   explicit Bfloat16Base(const FlLinear& layer)
       : weight(static_cast<const bf16*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
+  void begin(int64_t, int64_t, int64_t) const {}
   void add(Rows<bf16> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
     const bf16* w = weight + 2 * group * panel_size + k0 * kPanel;
     tiles.add<amx::Bf16>(x.data + k0, x.stride, rows, w, panel_size, k1 - k0, c, ldc, k0 == 0);
@@ -122,11 +123,7 @@ using Bfloat16Base = TileKernel<Bfloat16>;
 
 struct Bfloat16Kernel : FloatKernel<Bfloat16Base> {
   using FloatKernel::FloatKernel;
-  static Rows<X> direct(const Call& call) {
-    bool as_it_is = call.layer->k % kPadK == 0 && call.layer->x_dtype == (sizeof(X) == 2 ? kBf16 : kF32);
-    return {as_it_is ? static_cast<const X*>(call.x) : nullptr, call.x_stride};
-  }
-  static int64_t row_size(const FlLinear& layer) { return round_up(layer.k, kPadK); }
+  static Rows<X> direct(const Call& call) { return direct_rows<X>(call, Bfloat16Base::kReusesRows); }
   static void prepare(const Call& call, int64_t row, X* to) { copy_row(call, row, to); }
 };
 

@@ -1,4 +1,4 @@
-// int4 weights (-8 to 7) with a bfloat16 scale per output and group of 32 or 64 inputs; the inputs are not quantised.
+// int4 weights (-8 to 7) with a bfloat16 scale per output and group of 32 inputs; the inputs are not quantised.
 // A group is summed over whole-number weights and its sum then multiplied by the scale and added: the weights that a
 // matmul sees are exactly number times scale, never rounded.
 //
@@ -12,19 +12,23 @@ namespace matmul {
 namespace {
 
 constexpr int kWordInputs = 8;
+// Unpacking takes so long that the processor by itself looks too few lines ahead: 4 KiB ahead gave 11.3 GB/s of weights
+// for one row where it gave 7.2 without (a thread, AVX512-BF16).
+constexpr int64_t kAhead = 64 * kPanel;
+inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 struct Int4Layer {
   const uint32_t* weight;
   const bf16* scale;
-  int64_t words, groups, quant_group;  // words and scales of a panel, by 16
+  int64_t k;  // padded
   explicit Int4Layer(const FlLinear& layer)
       : weight(static_cast<const uint32_t*>(layer.weight)),
         scale(static_cast<const bf16*>(layer.scale)),
-        words(round_up(layer.k, kPadK) / kWordInputs),
-        groups(round_up(layer.k, kPadK) / layer.quant_group),
-        quant_group(layer.quant_group) {}
-  const uint32_t* words_at(int64_t panel, int64_t k) const { return weight + (panel * words + k / kWordInputs) * kPanel; }
-  const bf16* scales_at(int64_t panel, int64_t k) const { return scale + (panel * groups + k / quant_group) * kPanel; }
+        k(round_up(layer.k, kPadK)) {}
+  const uint32_t* words_at(int64_t panel, int64_t from) const {
+    return weight + (panel * k + from) / kWordInputs * kPanel;
+  }
+  const bf16* scales_at(int64_t panel, int64_t from) const { return scale + (panel * k + from) / kQuantGroup * kPanel; }
 };
 
 // Float arithmetic, for float32 inputs and where there is no bfloat16 instruction.
@@ -96,43 +100,48 @@ inline void multiply(Vf (&sum)[kTileRows][kColumns], const typename Element::X* 
   }
 }
 
+// Few rows take two quantisation groups at a time: their sums do not wait for each other. K is padded to both.
 template <class Element, int kTileRows>
 inline void tile_int4(const Int4Layer& layer, const typename Element::X* x, int64_t x_stride, int64_t panel, int64_t k0,
                       int64_t k1, float* c, int64_t ldc) {
-  for (int64_t group = k0; group < k1; group += layer.quant_group) {
-    Vf sum[kTileRows][kColumns];
+  constexpr int kAtOnce = kTileRows <= 4 && kTileRows < Element::kRows ? 2 : 1;
+  static_assert(kAtOnce * kQuantGroup <= kPadK);
+  for (int64_t group = k0; group < k1; group += kAtOnce * kQuantGroup) {
+    Vf sum[kAtOnce][kTileRows][kColumns];
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; i++)
+    for (int n = 0; n < kAtOnce; n++)
 #pragma GCC unroll 16
-      for (int j = 0; j < kColumns; j++) sum[i][j] = simd::zero();
-    for (int64_t k = group; k < group + layer.quant_group; k += kWordInputs) {
-      typename Element::Words words[kColumns];
+      for (int i = 0; i < kTileRows; i++)
 #pragma GCC unroll 16
-      for (int j = 0; j < kColumns; j++)
-        words[j] = Element::words(layer.words_at(panel + j / kPanelVectors, k) + j % kPanelVectors * simd::kWidth);
-      multiply<Element, 0>(sum, x, x_stride, k, words);
-      multiply<Element, 1>(sum, x, x_stride, k, words);
-      multiply<Element, 2>(sum, x, x_stride, k, words);
-      multiply<Element, 3>(sum, x, x_stride, k, words);
-    }
+        for (int j = 0; j < kColumns; j++) sum[n][i][j] = simd::zero();
+    for (int64_t at = group; at < group + kQuantGroup; at += kWordInputs)
+#pragma GCC unroll 2
+      for (int n = 0; n < kAtOnce; n++) {
+        const int64_t k = at + n * kQuantGroup;
+        typename Element::Words words[kColumns];
+#pragma GCC unroll 2
+        for (int p = 0; p < kPanelsAtOnce; p++) prefetch(layer.words_at(panel + p, k) + kAhead);
 #pragma GCC unroll 16
-    for (int j = 0; j < kColumns; j++) {
-      Vf scale = simd::load(layer.scales_at(panel + j / kPanelVectors, group) + j % kPanelVectors * simd::kWidth);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTileRows; i++) {
-        float* at = c + i * ldc + j * simd::kWidth;
-        simd::store(at, simd::fma(sum[i][j], scale, group == 0 ? simd::zero() : simd::load(at)));
+        for (int j = 0; j < kColumns; j++)
+          words[j] = Element::words(layer.words_at(panel + j / kPanelVectors, k) + j % kPanelVectors * simd::kWidth);
+        multiply<Element, 0>(sum[n], x, x_stride, k, words);
+        multiply<Element, 1>(sum[n], x, x_stride, k, words);
+        multiply<Element, 2>(sum[n], x, x_stride, k, words);
+        multiply<Element, 3>(sum[n], x, x_stride, k, words);
       }
-    }
+#pragma GCC unroll 2
+    for (int n = 0; n < kAtOnce; n++)
+#pragma GCC unroll 16
+      for (int j = 0; j < kColumns; j++) {
+        const int64_t k = group + n * kQuantGroup;
+        Vf scale = simd::load(layer.scales_at(panel + j / kPanelVectors, k) + j % kPanelVectors * simd::kWidth);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileRows; i++) {
+          float* to = c + i * ldc + j * simd::kWidth;
+          simd::store(to, simd::fma(sum[n][i][j], scale, k == 0 ? simd::zero() : simd::load(to)));
+        }
+      }
   }
-}
-
-template <class Element, int kTileRows, class... Args>
-inline void tile_int4_of(int64_t rows, const Args&... args) {
-  if constexpr (kTileRows > 1) {
-    if (rows < kTileRows) return tile_int4_of<Element, kTileRows - 1>(rows, args...);
-  }
-  tile_int4<Element, kTileRows>(args...);
 }
 
 template <class Element>
@@ -141,13 +150,16 @@ struct TileInt4 {
   using C = float;
   static constexpr int kRows = Element::kRows;
   static constexpr int64_t kBlockK = 512;
+  static constexpr bool kReusesRows = true;
   Int4Layer int4;
   explicit TileInt4(const FlLinear& layer) : int4(layer) {}
-  void add(Rows<X> x, int64_t num_rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) const {
+  void begin(int64_t, int64_t, int64_t) const {}
+  void add(Rows<X> x, int64_t count, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) const {
     for (int panel = 0; panel < 2; panel += kPanelsAtOnce)
-      for (int64_t row = 0; row < num_rows; row += kRows)
-        tile_int4_of<Element, kRows>(num_rows - row, int4, x.data + row * x.stride, x.stride, 2 * group + panel, k0, k1,
-                                     c + row * ldc + panel * kPanel, ldc);
+      each_tile<kRows>(0, count, [&](int64_t row, auto size) {
+        tile_int4<Element, size()>(int4, x.data + row * x.stride, x.stride, 2 * group + panel, k0, k1,
+                                   c + row * ldc + panel * kPanel, ldc);
+      });
   }
 };
 
@@ -156,20 +168,24 @@ struct TileInt4 {
 struct AmxInt4 {
   using X = bf16;
   using C = float;
-  static constexpr int kRows = 0;
-  static constexpr int64_t kBlockK = 256;
+  static constexpr int kRows = 32;
+  static constexpr int64_t kBlockK = 256, kPanelSize = kBlockK * kPanel;
+  static constexpr bool kReusesRows = true;
   Int4Layer int4;
   amx::Tiles tiles;
-  explicit AmxInt4(const FlLinear& layer) : int4(layer) {}
+  bf16* unpacked;
+  float* sums;
+  explicit AmxInt4(const FlLinear& layer)
+      : int4(layer), unpacked(static_cast<bf16*>(scratch<kUnpacked>(2 * kPanelSize * 2 + kRows * kGroup * 4))) {
+    sums = reinterpret_cast<float*>(unpacked + 2 * kPanelSize);
+  }
 
-  void add(Rows<bf16> x, int64_t num_rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
-    constexpr int64_t kPanelSize = kBlockK * kPanel;
-    bf16* unpacked = static_cast<bf16*>(scratch<kUnpacked>(2 * kPanelSize * 2 + 32 * kGroup * 4));
-    float* sums = reinterpret_cast<float*>(unpacked + 2 * kPanelSize);
+  void unpack(int64_t group, int64_t k0, int64_t k1) {
     for (int panel = 0; panel < 2; panel++) {
       const uint32_t* words = int4.words_at(2 * group + panel, k0);
       bf16* to = unpacked + panel * kPanelSize;
       for (int64_t k = k0; k < k1; k += kWordInputs, words += kPanel, to += kWordInputs * kPanel) {
+        prefetch(words + kAhead);
         const __m512i w = _mm512_loadu_si512(words);
         _mm512_storeu_si512(to, number_pairs<0>(w));
         _mm512_storeu_si512(to + 32, number_pairs<1>(w));
@@ -177,20 +193,38 @@ struct AmxInt4 {
         _mm512_storeu_si512(to + 96, number_pairs<3>(w));
       }
     }
-    for (int64_t row = 0; row < num_rows; row += 32) {
-      const int64_t rows = std::min<int64_t>(num_rows - row, 32);
-      float* to = c + row * ldc;
-      for (int64_t k = k0; k < k1; k += int4.quant_group) {
-        tiles.add<amx::Bf16>(x.data + row * x.stride + k, x.stride, rows, unpacked + (k - k0) * kPanel, kPanelSize,
-                             int4.quant_group, sums, kGroup, true);
-        const Vf left = simd::load(int4.scales_at(2 * group, k)), right = simd::load(int4.scales_at(2 * group + 1, k));
-        for (int64_t i = 0; i < rows; i++) {
-          float* at = to + i * ldc;
-          const float* sum = sums + i * kGroup;
-          simd::store(at, simd::fma(simd::load(sum), left, k == 0 ? simd::zero() : simd::load(at)));
-          simd::store(at + 16, simd::fma(simd::load(sum + 16), right, k == 0 ? simd::zero() : simd::load(at + 16)));
+  }
+
+  void begin(int64_t group, int64_t k0, int64_t k1) {
+    if (k1 - k0 <= kBlockK) unpack(group, k0, k1);
+  }
+
+  // All of K at once comes in blocks as well, unpacked here.
+  void add(Rows<bf16> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
+    for (int64_t block = k0; block < k1; block += kBlockK) {
+      const int64_t end = std::min(block + kBlockK, k1);
+      if (k1 - k0 > kBlockK) unpack(group, block, end);
+      if (rows <= 16) {
+        for (int64_t k = block; k < end; k += 2 * kQuantGroup) {
+          tiles.two(x.data + k, x.stride, rows, unpacked + (k - block) * kPanel, kPanelSize, sums);
+          scale_and_add(sums, rows, group, k, c, ldc);
+          scale_and_add(sums + 16 * kGroup, rows, group, k + kQuantGroup, c, ldc);
+        }
+      } else {
+        for (int64_t k = block; k < end; k += kQuantGroup) {
+          tiles.add<amx::Bf16>(x.data + k, x.stride, rows, unpacked + (k - block) * kPanel, kPanelSize, kQuantGroup,
+                               sums, kGroup, true);
+          scale_and_add(sums, rows, group, k, c, ldc);
         }
       }
+    }
+  }
+
+  void scale_and_add(const float* sum, int64_t rows, int64_t group, int64_t k, float* c, int64_t ldc) const {
+    const Vf left = simd::load(int4.scales_at(2 * group, k)), right = simd::load(int4.scales_at(2 * group + 1, k));
+    for (int64_t i = 0; i < rows; i++, sum += kGroup, c += ldc) {
+      simd::store(c, simd::fma(simd::load(sum), left, k == 0 ? simd::zero() : simd::load(c)));
+      simd::store(c + 16, simd::fma(simd::load(sum + 16), right, k == 0 ? simd::zero() : simd::load(c + 16)));
     }
   }
 };
@@ -203,14 +237,12 @@ template <class Base>
 struct Int4Kernel : Base {
   using Base::Base;
   using X = typename Base::X;
-  static Rows<X> direct(const Call& call) {
-    bool as_it_is = call.layer->k % kPadK == 0 && call.layer->x_dtype == (sizeof(X) == 2 ? kBf16 : kF32);
-    return {as_it_is ? static_cast<const X*>(call.x) : nullptr, call.x_stride};
-  }
-  static int64_t row_size(const FlLinear& layer) { return round_up(layer.k, kPadK); }
+  static Rows<X> direct(const Call& call) { return direct_rows<X>(call, Base::kReusesRows); }
   static void prepare(const Call& call, int64_t row, X* to) { copy_row(call, row, to); }
-  static void finish(const Call& call, const X*, int64_t row, int64_t group, const float* c) {
-    finish_group(call, row, group, [&](int64_t at) { return simd::load(c + (at - group * kGroup)); });
+  static void finish(const Call& call, Rows<X>, int64_t row, int64_t count, int64_t group, const float* c) {
+    finish_group(call, row, count, group, [&](int64_t i, int64_t at) {
+      return simd::load(c + i * kGroup + (at - group * kGroup));
+    });
   }
 };
 

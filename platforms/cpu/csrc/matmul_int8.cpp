@@ -8,8 +8,8 @@
 namespace matmul {
 namespace {
 
-// A prepared row: k bytes, then the row's scale. Where the instruction wants unsigned inputs, 128 is added to them, and
-// 128 times the sum of the column's weights is taken off again in the epilogue.
+// A prepared row: k bytes, then, in the line that parts rows, its scale. Where the instruction wants unsigned inputs,
+// 128 is added to them, and 128 times the sum of the column's weights is taken off again in the epilogue.
 #if defined(__AVX512VNNI__) && !defined(__AMX_TILE__)
 constexpr int kOffset = 128;
 #else
@@ -18,7 +18,6 @@ constexpr int kOffset = 0;
 
 struct Int8Rows {
   static Rows<int8_t> direct(const Call&) { return {nullptr, 0}; }
-  static int64_t row_size(const FlLinear& layer) { return round_up(layer.k, kPadK) + kPadK; }
 
   template <class T>
   static void quantise(const T* from, int64_t k, int8_t* to) {
@@ -55,18 +54,19 @@ struct Int8Rows {
       quantise(static_cast<const bf16*>(call.x) + row * call.x_stride, call.layer->k, to);
   }
 
-  static void finish(const Call& call, const int8_t* x_row, int64_t row, int64_t group, int32_t* c) {
+  static void finish(const Call& call, Rows<int8_t> x, int64_t row, int64_t count, int64_t group, int32_t* c) {
     const FlLinear& layer = *call.layer;
-    float row_scale;
-    std::memcpy(&row_scale, x_row + round_up(layer.k, kPadK), sizeof row_scale);
+    const int64_t padded = round_up(layer.k, kPadK), first = group * kGroup;
     if constexpr (kOffset != 0) {
-      const int32_t* sums = layer.sums + group * kGroup;
-      for (int i = 0; i < kGroup; i++) c[i] -= kOffset * sums[i];
+      const int32_t* sums = layer.sums + first;
+      for (int64_t i = 0; i < count; i++)
+        for (int j = 0; j < kGroup; j++) c[i * kGroup + j] -= kOffset * sums[j];
     }
     const float* scale = static_cast<const float*>(layer.scale);
-    const Vf s = simd::set1(row_scale);
-    finish_group(call, row, group, [&](int64_t at) {
-      return simd::load_i32(c + (at - group * kGroup)) * (simd::load(scale + at) * s);
+    finish_group(call, row, count, group, [&](int64_t i, int64_t at) {
+      float row_scale;
+      std::memcpy(&row_scale, x.data + i * x.stride + padded, sizeof row_scale);
+      return simd::load_i32(c + i * kGroup + (at - first)) * (simd::load(scale + at) * simd::set1(row_scale));
     });
   }
 };
@@ -83,6 +83,7 @@ struct Int8Base {
   amx::Tiles tiles;
   explicit Int8Base(const FlLinear& layer)
       : weight(static_cast<const int8_t*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
+  void begin(int64_t, int64_t, int64_t) const {}
   void add(Rows<int8_t> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, int32_t* c, int64_t ldc) {
     const int8_t* w = weight + 2 * group * panel_size + k0 * kPanel;
     tiles.add<amx::Int8>(x.data + k0, x.stride, rows, w, panel_size, k1 - k0, c, ldc, k0 == 0);

@@ -65,7 +65,8 @@ void pack_panel(const PanelRows<S>& rows, int64_t k, T* to) {
 // Bytes of the packed weight, and of its scales.
 FL_API int64_t fl_packed_bytes(int32_t scheme, int32_t pair, int64_t out, int64_t k) {
   const int64_t elements = num_panels(out, pair != 0) * kPanel * round_up(k, kPadK);
-  return scheme == kFloat32 ? elements * 4 : scheme == kBfloat16 ? elements * 2 : scheme == kInt8 ? elements : elements / 2;
+  const int64_t half_bytes[] = {8, 4, 2, 1};  // of an element, by scheme
+  return elements * half_bytes[scheme] / 2;
 }
 
 FL_API int64_t fl_packed_columns(int32_t pair, int64_t out) { return num_panels(out, pair != 0) * kPanel; }
@@ -109,22 +110,22 @@ FL_API void fl_pack_int8(int32_t pair, const void* source, int32_t dtype, int64_
 
 // Quantises to int4: in every group the value of the largest magnitude becomes -8, so all 16 numbers are used.
 FL_API void fl_pack_int4(int32_t pair, const void* source, int32_t dtype, int64_t stride, int64_t out, int64_t k,
-                         int32_t quant_group, uint32_t* to, void* scale) {
-  const int64_t padded = round_up(k, kPadK), words = padded / 8, groups = padded / quant_group;
+                         uint32_t* to, void* scale) {
+  const int64_t padded = round_up(k, kPadK), words = padded / 8, groups = padded / kQuantGroup;
   each_panel(source, dtype, stride, out, pair != 0, [&](const auto& rows, int64_t panel) {
     uint32_t* packed = to + panel * words * kPanel;
     bf16* scales = static_cast<bf16*>(scale) + panel * groups * kPanel;
     for (int i = 0; i < kPanel; i++)
       for (int64_t group = 0; group < groups; group++) {
-        const int64_t begin = group * quant_group;
-        const int64_t end = rows.row[i] ? std::min(begin + quant_group, k) : 0;
+        const int64_t begin = group * kQuantGroup;
+        const int64_t end = rows.row[i] ? std::min(begin + kQuantGroup, k) : 0;
         float extreme = 0.0f;
         for (int64_t at = begin; at < end; at++)
           if (std::fabs(rows.at(i, at)) > std::fabs(extreme)) extreme = rows.at(i, at);
         const bf16 stored = simd::round_to_bf16(extreme / -8.0f);
         const float s = simd::to_float(stored), inverse = s != 0.0f ? 1.0f / s : 0.0f;
         scales[group * kPanel + i] = stored;
-        for (int64_t word = begin / 8; word < (begin + quant_group) / 8; word++) {
+        for (int64_t word = begin / 8; word < (begin + kQuantGroup) / 8; word++) {
           uint32_t bits = 0;
           for (int n = 0; n < 8; n++) {
             const int64_t at = word * 8 + n;

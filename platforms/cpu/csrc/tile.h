@@ -1,5 +1,7 @@
 // Register tiles: kRows rows of x by a group of 32 columns, written once for every element type.
 #pragma once
+#include <type_traits>
+
 #include "matmul.h"
 
 namespace matmul {
@@ -48,13 +50,15 @@ inline void tile(const typename Element::X* x, int64_t x_stride, const typename 
     for (int j = 0; j < kColumns; j++) Element::store(c + i * ldc + j * Element::kLanes, sum[i][j]);
 }
 
-// The tile of `rows` rows, 1 to kTileRows.
-template <class Element, int kTileRows, class... Args>
-inline void tile_of(int64_t rows, const Args&... args) {
-  if constexpr (kTileRows > 1) {
-    if (rows < kTileRows) return tile_of<Element, kTileRows - 1>(rows, args...);
+// Cuts rows into tiles of kTileRows and, for the rest, of the sizes below it: f(first row, constant size). Few sizes,
+// because each is a loop of its own to compile.
+template <int kTileRows, class F>
+inline void each_tile(int64_t row, int64_t rows, const F& f) {
+  for (; row + kTileRows <= rows; row += kTileRows) f(row, std::integral_constant<int, kTileRows>());
+  constexpr int kNext = kTileRows > 8 ? 8 : kTileRows > 4 ? 4 : kTileRows / 2;
+  if constexpr (kNext > 0) {
+    if (row < rows) each_tile<kNext>(row, rows, f);
   }
-  tile<Element, kTileRows>(args...);
 }
 
 // A kernel (see run) of register tiles.
@@ -64,6 +68,7 @@ struct TileKernel {
   using W = typename Element::W;
   using C = typename Element::C;
   static constexpr int kRows = Element::kRows;
+  static constexpr bool kReusesRows = true;
   static constexpr int64_t kBlockK = 128 * Element::kStep;  // 16 KiB of a group's weights: half a level 1 cache
 
   const W* weight;
@@ -71,13 +76,13 @@ struct TileKernel {
   explicit TileKernel(const FlLinear& layer)
       : weight(static_cast<const W*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
 
-  void add(Rows<X> x, int64_t num_rows, int64_t group, int64_t k0, int64_t k1, C* c, int64_t ldc) const {
-    for (int panel = 0; panel < 2; panel += kPanelsAtOnce) {
-      const W* w = weight + (2 * group + panel) * panel_size;
-      for (int64_t row = 0; row < num_rows; row += kRows)
-        tile_of<Element, kRows>(num_rows - row, x.data + row * x.stride, x.stride, w, panel_size, k0 / Element::kStep,
-                                k1 / Element::kStep, c + row * ldc + panel * kPanel, ldc, k0 == 0);
-    }
+  void begin(int64_t, int64_t, int64_t) const {}
+  void add(Rows<X> x, int64_t count, int64_t group, int64_t k0, int64_t k1, C* c, int64_t ldc) const {
+    for (int panel = 0; panel < 2; panel += kPanelsAtOnce)
+      each_tile<kRows>(0, count, [&](int64_t row, auto size) {
+        tile<Element, size()>(x.data + row * x.stride, x.stride, weight + (2 * group + panel) * panel_size, panel_size,
+                              k0 / Element::kStep, k1 / Element::kStep, c + row * ldc + panel * kPanel, ldc, k0 == 0);
+      });
   }
 };
 

@@ -42,6 +42,18 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_pool_init": (None, (_I32, _P)),
     "fl_pool_num_threads": (_I32, ()),
     "fl_pool_shutdown": (None, ()),
+    # bfloat16?, variant, then x and its strides, what else is read, what is written, sizes
+    "fl_rms_norm": (None, (_I32, _I32, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, ctypes.c_float)),
+    "fl_layer_norm": (None, (_I32, _P, _I64, _P, _P, _P, _I64, _I64, ctypes.c_float)),
+    "fl_rotary": (None, (_I32, _I32, *(_P, _I64, _I64, _I64) * 2, _P, _P, _P, _I64, _I64, _P, _P)),
+    "fl_gate": (None, (_I32, _I32, _P, _I64, _P, _I64, _I64)),
+    "fl_embedding": (None, (_P, _I64, _P, _I64, _P)),
+    "fl_attention_block_bytes": (_I64, (_P,)),
+    "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
+    "fl_attention_scratch_bytes": (_I64, (_P, _P)),
+    "fl_attention": (None, (_P, _P, *(_P, _I64, _I64) * 3, _P, _P, _P)),
+    "fl_probe_multiply": (_I64, (_I32, _I64)),
+    "fl_probe_read": (ctypes.c_float, (_P, _I64)),
     "fl_replay": (None, (_P, _I64)),
     # layer, x, its stride, rows, bias, residual, its stride, y, its stride
     "fl_linear": (None, (_P, _P, _I64, _I64, _P, _P, _I64, _P, _I64)),
@@ -51,12 +63,8 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_packed_columns": (_I64, (_I32, _I64)),
     # (scheme,) pair, source, its dtype and stride, out, k, then what is written
     "fl_pack_float": (None, (_I32, _I32, _P, _I32, _I64, _I64, _I64, _P)),
+    "fl_pack_int4": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P)),
     "fl_pack_int8": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P, _P)),
-    "fl_pack_int4": (None, (_I32, _P, _I32, _I64, _I64, _I64, _I32, _P, _P)),
-    "fl_attention_block_bytes": (_I64, (_P,)),
-    "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
-    "fl_attention_scratch_bytes": (_I64, (_P, _P)),
-    "fl_attention": (None, (_P, _P, *(_P, _I64, _I64) * 3, _P, _P, _P)),
 }
 
 
@@ -68,8 +76,6 @@ class LinearLayer(ctypes.Structure):
         ("x_dtype", _I32),
         ("y_dtype", _I32),
         ("activation", _I32),
-        ("quant_group", _I32),
-        ("reserved", _I32),
         ("k", _I64),
         ("out", _I64),
         ("weight", _P),
@@ -102,10 +108,10 @@ class Kernels:
     `recording` is the thread whose calls are noted, and the notes.
     """
 
-    def __init__(self, isa: str, layout: topology.Layout, lib: Path = _LIB) -> None:
+    def __init__(self, isa: str, layout: topology.Layout) -> None:
         self.isa = isa
         self.layout = layout
-        self._library = ctypes.CDLL(str(lib / f"libfairlead_cpu_{isa}.so"))
+        self._library = ctypes.CDLL(str(_LIB / f"libfairlead_cpu_{isa}.so"))
         self._recording_lock = threading.Lock()
         self.recording: tuple[int, list[RecordedCall]] | None = None
         self.call = types.SimpleNamespace()
@@ -164,11 +170,11 @@ def choose() -> str | None:
     return asked or next(iter(names), None)
 
 
-def usable(lib: Path = _LIB) -> tuple[str, ...]:
+def usable() -> tuple[str, ...]:
     """The instruction sets that were built and that this processor has, best first."""
     features = _features()
     return tuple(
-        isa for isa, needs in _NEEDS.items() if needs <= features and (lib / f"libfairlead_cpu_{isa}.so").is_file()
+        isa for isa, needs in _NEEDS.items() if needs <= features and (_LIB / f"libfairlead_cpu_{isa}.so").is_file()
     )
 
 

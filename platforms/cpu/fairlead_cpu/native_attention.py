@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fairlead.interface import AttentionMetadata, AttentionShape, KVCache, MemoryAllocator
+from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVCache, MemoryAllocator
 from fairlead_cpu.native import Kernels
 
 _DTYPES = ("float32", "bfloat16")
@@ -85,10 +85,12 @@ class NativeAttention:
     def allocate(self, num_blocks: int) -> list[KVCache]:
         """One BlockCache per layer."""
         size = (num_blocks, self._layer_block_bytes)
-        return [
-            BlockCache(blocks=self._allocator.empty(size, torch.uint8, tag="kv_cache"))
-            for _ in range(self.shape.num_layers)
-        ]
+        caches: list[KVCache] = []
+        for _ in range(self.shape.num_layers):
+            blocks = self._allocator.empty(size, torch.uint8, tag="kv_cache")
+            self._call.fl_advise_huge_pages(blocks.data_ptr(), blocks.nbytes)
+            caches.append(BlockCache(blocks=blocks))
+        return caches
 
     def plan(self, metadata: AttentionMetadata) -> object:
         """Lays out the step's work; also what its merges need in memory."""
@@ -122,9 +124,7 @@ class NativeAttention:
         address = words.ctypes.data
         num_scratch_bytes: int = self._call.fl_attention_scratch_bytes(self._shape_address, address)
         scratch = np.empty(num_scratch_bytes, np.uint8)
-        return _Plan(
-            metadata=kept, words=words, scratch=scratch, address=address, scratch_address=scratch.ctypes.data
-        )
+        return _Plan(metadata=kept, words=words, scratch=scratch, address=address, scratch_address=scratch.ctypes.data)
 
     def forward(
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_cache: KVCache, plan: object
@@ -154,9 +154,31 @@ class NativeAttention:
         )
         return out_THE
 
+    def allocate_host(self, num_blocks: int) -> list[HostCache]:
+        """One BlockCache per layer, in memory of its own."""
+        size = (num_blocks, self._layer_block_bytes)
+        return [BlockCache(blocks=torch.empty(size, dtype=torch.uint8)) for _ in range(self.shape.num_layers)]
+
     def copy_blocks(self, kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks within every layer, one pair after the other."""
-        for cache in kv_caches:
-            assert isinstance(cache, BlockCache)
-            for source, destination in pairs:
-                cache.blocks[destination] = cache.blocks[source]
+        _copy(kv_caches, kv_caches, pairs)
+
+    def copy_to_host(
+        self, kv_caches: Sequence[KVCache], host_caches: Sequence[HostCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies whole blocks, one pair after the other."""
+        _copy(kv_caches, host_caches, pairs)
+
+    def copy_from_host(
+        self, host_caches: Sequence[HostCache], kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies whole blocks, one pair after the other."""
+        _copy(host_caches, kv_caches, pairs)
+
+
+def _copy(sources: Sequence[KVCache], destinations: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
+    for read, write in zip(sources, destinations, strict=True):
+        assert isinstance(read, BlockCache)
+        assert isinstance(write, BlockCache)
+        for i, j in pairs:
+            write.blocks[j] = read.blocks[i]

@@ -1,9 +1,11 @@
-"""The CPU's op providers: native kernels register here."""
+"""The CPU's op providers: native kernels, and torch's fused ones for a package that was built without."""
 
 import torch
 from torch.nn import functional
 
 from fairlead.interface import OpProvider
+from fairlead_cpu.native import Kernels
+from fairlead_cpu.native_ops import native_providers
 
 
 def rms_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
@@ -19,7 +21,13 @@ def fused_add_rms_norm(
     return rms_norm(total, weight_E, eps), total
 
 
-PROVIDERS: dict[str, tuple[OpProvider, ...]] = {
-    "rms_norm": (OpProvider(name="torch", fn=rms_norm),),
-    "fused_add_rms_norm": (OpProvider(name="torch", fn=fused_add_rms_norm),),
+TORCH = {
+    "rms_norm": OpProvider(name="torch", fn=rms_norm),
+    "fused_add_rms_norm": OpProvider(name="torch", fn=fused_add_rms_norm),
 }
+
+
+def providers(kernels: Kernels | None) -> dict[str, tuple[OpProvider, ...]]:
+    """Of each op, in the order of preference."""
+    native = {} if kernels is None else native_providers(kernels)
+    return {name: tuple(p[name] for p in (native, TORCH) if name in p) for name in (*native, *TORCH)}

@@ -1,6 +1,6 @@
 """The CPU as a Platform."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -13,15 +13,17 @@ from fairlead.interface import (
     LinearMethod,
     MemoryAllocator,
     MemoryInfo,
+    MemoryProfile,
     OpProvider,
 )
 from fairlead.ops.attention import ReferenceAttention
 from fairlead.ops.platform import BasicPlatform
-from fairlead_cpu import memory, native
+from fairlead_cpu import memory, memory_profile, native
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
 from fairlead_cpu.linear import linear_methods
-from fairlead_cpu.ops import PROVIDERS
+from fairlead_cpu.native_attention import NativeAttention
+from fairlead_cpu.ops import providers
 
 
 class CpuPlatform(BasicPlatform):
@@ -33,27 +35,34 @@ class CpuPlatform(BasicPlatform):
         super().__init__(device)
         self.torch_device = torch.device("cpu")
         self.allocator: MemoryAllocator = HostAllocator()
-        self.capabilities = Capabilities(
-            dtypes=("bfloat16", "float32"), block_sizes=(16, 8, 32, 64, 128, 1, 2, 4), batch_invariant=False
-        )
         self._kernels = native.kernels()
+        self.capabilities = Capabilities(
+            dtypes=("bfloat16", "float32"),
+            block_sizes=(16, 8, 32, 64, 128, 1, 2, 4),
+            kv_layouts=("slots",) if self._kernels is None else ("segments", "slots"),
+            batch_invariant=self._kernels is not None,
+        )
         self.defaults = Defaults(
             dtype="bfloat16", block_size=16, max_num_batched_tokens=2048, device_memory_utilization=0.5
         )
 
     def attention_backends(self) -> tuple[str, ...]:
-        """`sdpa` groups sequences of like length for torch's fused attention; `reference` is the oracle."""
-        return (SdpaAttention.name, ReferenceAttention.name)
+        """`native` where the package was built with kernels; `sdpa` groups sequences of like length for torch's fused
+        attention; `reference` is the oracle."""
+        native_names = () if self._kernels is None else (NativeAttention.name,)
+        return (*native_names, SdpaAttention.name, ReferenceAttention.name)
 
     def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
         """Makes the backend."""
+        if name == NativeAttention.name and self._kernels is not None:
+            return NativeAttention(shape, self.allocator, self._kernels)
         if name == SdpaAttention.name:
             return SdpaAttention(shape, self.allocator)
         return super().attention(name, shape)
 
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
-        """Torch's own fused kernels where it has them; native kernels register here too."""
-        return PROVIDERS
+        """Native kernels, then torch's own fused ones."""
+        return providers(self._kernels)
 
     def linear_methods(self) -> Mapping[str, tuple[LinearMethod, ...]]:
         """Native kernels for every scheme, if the package was built with any."""
@@ -62,3 +71,11 @@ class CpuPlatform(BasicPlatform):
     def memory_info(self) -> MemoryInfo:
         """The host's memory, or the control group's."""
         return memory.info()
+
+    def memory_profile(self, work: Callable[[], None]) -> MemoryProfile | None:
+        """By this process's own account with the system."""
+        return memory_profile.profile(work)
+
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """The device computes in the memory of the host: what it leaves of that."""
+        return max(self.memory_info().free_bytes - device_bytes, 0)

@@ -91,13 +91,6 @@ def test_n_gives_as_many_continuations_that_share_the_prompt(llm: LLM) -> None:
     assert [o.token_ids for o in again.outputs] == [o.token_ids for o in output.outputs]
 
 
-def test_a_seed_reproduces_whatever_shares_the_batch(llm: LLM) -> None:
-    params = SamplingParams(temperature=1.0, max_tokens=20, seed=3, ignore_eos=True)
-    alone = llm.generate("ROMEO:", params, use_tqdm=False)[0].outputs[0].token_ids
-    crowd = llm.generate(["x", "ROMEO:", "y y y"], [GREEDY, params, SamplingParams(max_tokens=30)], use_tqdm=False)
-    assert crowd[1].outputs[0].token_ids == alone
-
-
 def test_a_stop_string_cuts_text_and_is_named(llm: LLM) -> None:
     free = llm.generate("ROMEO:", SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)[0].outputs[0]
     stop = free.text[10:14]

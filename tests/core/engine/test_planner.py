@@ -12,17 +12,29 @@ import torch
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig
 from fairlead.engine import builder, planner
-from fairlead.errors import CheckpointError, ConfigError, KVCacheMemoryError
-from fairlead.interface import PLATFORM_API, Capabilities, Device, MemoryInfo, OpProvider, PlatformSpec
+from fairlead.errors import CheckpointError, ConfigError, KVCacheMemoryError, ModelMemoryError
+from fairlead.interface import (
+    PLATFORM_API,
+    Capabilities,
+    Device,
+    MemoryInfo,
+    MemoryProfile,
+    OpProvider,
+    PlatformSpec,
+)
 from fairlead.models.config import ModelShape
 from fairlead.ops import reference
 from fairlead.plugins import PlatformRecord
+from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_cpu.platform import CpuPlatform
 
 DEVICE = Device(name="acme:0", description="a device that does not exist", memory_bytes=2**40)
+BACKENDS = ", ".join(CpuPlatform(DEVICE).attention_backends())
 WEIGHTS_BYTES = 4 * (2 * 128 * 64 + 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64))
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4  # keys and values, layers, kv-heads, head size, float32
+# 2048 tokens of twice the width, and of what gate and up projection take and give; 256 rows of logits, twice.
+STEP_BYTES = 4 * 2048 * (2 * 64 + 64 + 2 * 128) + 2 * 4 * 256 * 128
 
 
 class AcmePlatform(CpuPlatform):
@@ -34,9 +46,16 @@ class AcmePlatform(CpuPlatform):
         super().__init__(DEVICE)
         self.memory = MemoryInfo(total_bytes=2**40, free_bytes=2**40)
         self.providers: dict[str, tuple[OpProvider, ...]] = {}
+        self.step_bytes: int | None = STEP_BYTES
+        self.num_profiles = 0
 
     def memory_info(self) -> MemoryInfo:
         return self.memory
+
+    def memory_profile(self, work: Callable[[], None]) -> MemoryProfile | None:
+        self.num_profiles += 1
+        work()
+        return None if self.step_bytes is None else MemoryProfile(peak_bytes=self.step_bytes, kept_bytes=0)
 
     def ops(self) -> Mapping[str, tuple[OpProvider, ...]]:
         return self.providers
@@ -130,7 +149,7 @@ def test_all_reasons_come_at_once_and_nothing_is_allocated(model: Path, platform
         build(model, dtype="bfloat16", block_size=32, max_model_len=513, attention_backend="flash")
     assert str(error.value) == (
         "platform 'acme' cannot run this model so: dtype bfloat16 (it has float32); block_size 32 (it has 16, 128); "
-        "max_model_len 513 (the model was made for 512); attention_backend flash (it has sdpa, reference); "
+        f"max_model_len 513 (the model was made for 512); attention_backend flash (it has {BACKENDS}); "
         "max_num_batched_tokens 2048 (at most 1024); head size 16 (it has 64, 128)"
     )
     assert platform.allocator.allocated_bytes("weights") == platform.allocator.allocated_bytes("kv_cache") == 0
@@ -150,7 +169,7 @@ def test_no_more_sequences_run_than_the_platform_can(model: Path, platform: Acme
         ({}, {"head_sizes": (8, 32)}, "head size 16 (it has 8, 32)"),
         ({"max_model_len": 1000}, {}, "max_model_len 1000 (the model was made for 512)"),
         ({"max_num_batched_tokens": 65}, {"max_batched_tokens": 64}, "max_num_batched_tokens 65 (at most 64)"),
-        ({"attention_backend": "flash"}, {}, "attention_backend flash (it has sdpa, reference)"),
+        ({"attention_backend": "flash"}, {}, f"attention_backend flash (it has {BACKENDS})"),
     ],
     ids=str,
 )
@@ -190,13 +209,15 @@ def by_bytes(platform: AcmePlatform, num_tokens: int) -> dict[str, Any]:
 
 
 def by_share(platform: AcmePlatform, num_tokens: int) -> dict[str, Any]:
-    total = 4 * (WEIGHTS_BYTES + num_tokens * TOKEN_BYTES)
+    total = 4 * (WEIGHTS_BYTES + STEP_BYTES + num_tokens * TOKEN_BYTES)
     platform.memory = MemoryInfo(total_bytes=total, free_bytes=total)
     return {"device_memory_utilization": 0.25}
 
 
 def by_free_memory(platform: AcmePlatform, num_tokens: int) -> dict[str, Any]:
-    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=WEIGHTS_BYTES + num_tokens * TOKEN_BYTES + 100)
+    platform.memory = MemoryInfo(
+        total_bytes=2**40, free_bytes=WEIGHTS_BYTES + STEP_BYTES + num_tokens * TOKEN_BYTES + 100
+    )
     return {}
 
 
@@ -220,11 +241,79 @@ def test_too_little_memory_names_a_length_that_fits(
         build(model, max_model_len=largest + 1, **settings)
 
 
-@pytest.mark.parametrize("free", [0, 1000, WEIGHTS_BYTES, WEIGHTS_BYTES + 16 * TOKEN_BYTES - 1])
+@pytest.mark.parametrize(
+    "free", [WEIGHTS_BYTES, WEIGHTS_BYTES + STEP_BYTES, WEIGHTS_BYTES + STEP_BYTES + 16 * TOKEN_BYTES - 1]
+)
 def test_no_memory_for_a_single_block(model: Path, platform: AcmePlatform, free: int) -> None:
     platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=free)
     with pytest.raises(KVCacheMemoryError, match=r"there are 0 \(0\.0 MiB\); give the cache more memory"):
         build(model)
+
+
+@pytest.mark.parametrize("free", [0, 1000, WEIGHTS_BYTES - 1])
+@pytest.mark.parametrize("settings", [{}, {"num_blocks": 40}, {"kv_cache_memory": 2**20}], ids=str)
+def test_weights_larger_than_the_memory(
+    model: Path, platform: AcmePlatform, settings: dict[str, Any], free: int
+) -> None:
+    platform.memory = MemoryInfo(total_bytes=2**30, free_bytes=free)
+    with pytest.raises(ModelMemoryError) as error:
+        build(model, **settings)
+    assert str(error.value) == (
+        "the weights need 0.00 GiB in float32, but platform 'acme' has 0.00 GiB free of 1.00; take a smaller model or "
+        "--dtype, or end what holds the memory"
+    )
+    assert platform.allocator.allocated_bytes("weights") == platform.num_profiles == 0
+
+
+@pytest.mark.parametrize("step_bytes", [0, STEP_BYTES, 3 * STEP_BYTES])
+def test_the_cache_gets_what_a_measured_step_leaves(model: Path, platform: AcmePlatform, step_bytes: int) -> None:
+    platform.step_bytes = step_bytes
+    room = 5 * STEP_BYTES + WEIGHTS_BYTES
+    platform.memory = MemoryInfo(total_bytes=2 * room, free_bytes=2 * room)
+    info = build(model).plan.info
+    assert info.num_blocks == (room - WEIGHTS_BYTES - step_bytes) // (16 * TOKEN_BYTES)
+    assert (info.activation_bytes, info.activations_measured) == (step_bytes, True)
+    assert info.weights_bytes + info.activation_bytes + info.kv_cache_bytes <= room
+
+
+def test_a_step_that_leaves_too_little_is_told_after_loading(model: Path, platform: AcmePlatform) -> None:
+    room = 2 * STEP_BYTES + WEIGHTS_BYTES
+    platform.memory = MemoryInfo(total_bytes=room, free_bytes=room)
+    platform.step_bytes = room - WEIGHTS_BYTES - 10 * 16 * TOKEN_BYTES
+    with pytest.raises(KVCacheMemoryError, match=r"there are 10 \(0\.1 MiB\); set --max-model-len to at most 160"):
+        build(model, device_memory_utilization=1.0)
+    assert platform.num_profiles == 1
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_neighbours_on_the_device_may_come_and_go(model: Path, platform: AcmePlatform, change: int) -> None:
+    """Free memory that grows or shrinks while the step is measured decides how large the cache is, and nothing else."""
+    free = WEIGHTS_BYTES + STEP_BYTES + 1000 * 16 * TOKEN_BYTES
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=free)
+
+    def measure(work: Callable[[], None]) -> MemoryProfile:
+        work()
+        left = free - WEIGHTS_BYTES + change * 500 * 16 * TOKEN_BYTES
+        platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=left)
+        return MemoryProfile(peak_bytes=STEP_BYTES, kept_bytes=0)
+
+    platform.memory_profile = measure  # type: ignore[method-assign]
+    assert build(model).plan.info.num_blocks == 1000 + change * 500
+
+
+@pytest.mark.parametrize("settings", [{"num_blocks": 40}, {"kv_cache_memory": 2**20}], ids=str)
+def test_a_cache_of_a_given_size_needs_no_profile(
+    model: Path, platform: AcmePlatform, settings: dict[str, Any]
+) -> None:
+    info = build(model, **settings).plan.info
+    assert platform.num_profiles == 0
+    assert (info.activation_bytes, info.activations_measured) == (STEP_BYTES, False)
+
+
+def test_a_platform_that_cannot_measure_leaves_the_estimate(model: Path, platform: AcmePlatform) -> None:
+    platform.step_bytes = None
+    info = build(model).plan.info
+    assert (info.activation_bytes, info.activations_measured) == (STEP_BYTES, False)
 
 
 def test_the_cache_is_no_larger_than_can_be_used(model: Path, platform: AcmePlatform) -> None:
@@ -237,6 +326,60 @@ def test_more_than_the_device_has(model: Path, platform: AcmePlatform, settings:
     with pytest.raises(KVCacheMemoryError, match=r"KV blocks need .* MiB, but the device has 1048576\.0 MiB in all"):
         build(model, **settings)
     assert platform.allocator.allocated_bytes("weights") == 0
+
+
+GIB = 2**30
+
+
+def test_swap_space_is_shared_out_as_the_cache_is(tmp_path: Path, platform: AcmePlatform) -> None:
+    write_tiny_checkpoint(tmp_path, "gemma2", settings={"sliding_window": 24})
+    plan = planner.plan_engine(EngineConfig.of(model=str(tmp_path), num_blocks=64, max_num_batched_tokens=16))
+    assert [group.num_host_blocks for group in plan.cache_groups] == [0, 0]
+    assert (plan.info.swap_bytes, plan.info.swap_costs) == (0, "")
+    swap_space = 2.5 * plan.info.kv_cache_bytes / GIB
+    settings = {"num_blocks": 64, "max_num_batched_tokens": 16, "swap_space": swap_space}
+    plan = planner.plan_engine(EngineConfig.of(model=str(tmp_path), **settings))
+    assert len({group.num_blocks for group in plan.cache_groups}) == 2
+    assert [g.num_host_blocks for g in plan.cache_groups] == [int(2.5 * g.num_blocks) for g in plan.cache_groups]
+    assert 0.98 * swap_space * GIB <= plan.info.swap_bytes <= swap_space * GIB
+
+
+def test_swap_space_must_fit_beside_weights_and_cache(
+    model: Path, platform: AcmePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = WEIGHTS_BYTES + 64 * 16 * TOKEN_BYTES
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=taken + GIB // 2)
+    plan = planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.5))
+    assert plan.info.swap_bytes == GIB // 2
+    with pytest.raises(
+        KVCacheMemoryError, match=r"needs 0\.75 GiB of host memory, but .* 0\.50 GiB are available; set --swap-space"
+    ):
+        planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
+    platform.memory = MemoryInfo(total_bytes=2**40, free_bytes=WEIGHTS_BYTES)
+    with pytest.raises(KVCacheMemoryError, match=r"0\.00 GiB are available"):
+        planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=0.75))
+
+
+def test_swap_space_holds_a_block_at_least(model: Path, platform: AcmePlatform) -> None:
+    block_bytes = 16 * TOKEN_BYTES
+    plan = planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=block_bytes / GIB))
+    assert [group.num_host_blocks for group in plan.cache_groups] == [1]
+    with pytest.raises(KVCacheMemoryError, match="does not hold one KV block") as error:
+        planner.plan_engine(EngineConfig.of(model=str(model), num_blocks=64, swap_space=(block_bytes - 1) / GIB))
+    found = re.search(r"--swap-space to at least ([0-9.]+), or to 0", str(error.value))
+    assert found is not None
+    assert float(found[1]) == pytest.approx(block_bytes / GIB, rel=1e-3)
+
+
+def test_a_platform_that_cannot_swap_says_so(
+    model: Path, platform: AcmePlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "max_swap_bytes", lambda device_bytes: None)
+    assert planner.plan_engine(EngineConfig.of(model=str(model))).info.swap_bytes == 0
+    with pytest.raises(
+        ConfigError, match=r"platform 'acme' cannot .*: swap_space 4 \(it cannot copy KV blocks to host"
+    ):
+        planner.plan_engine(EngineConfig.of(model=str(model), swap_space=4))
 
 
 def test_an_endless_context_is_refused_before_its_tables_are_made(tmp_path: Path, platform: AcmePlatform) -> None:

@@ -1,6 +1,5 @@
-"""What the sampling parameters do to whole requests, and that nothing but the request decides its tokens."""
+"""What the sampling parameters do to whole requests."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,38 +155,3 @@ def test_truncation_keeps_the_end_of_the_prompt(demo: LLM) -> None:
     assert list(output.outputs[0].token_ids) == tokens(demo, [prompt[-7:]], temperature=0)
     assert len(run(demo, [prompt * 10], truncate_prompt_tokens=-1, max_tokens=6).prompt_token_ids) == 250
     assert len(run(demo, [prompt * 10], truncate_prompt_tokens=-1, max_tokens=None).prompt_token_ids) == 255
-
-
-MIXTURE: list[dict[str, Any]] = [
-    {"repetition_penalty": 1.4, "seed": 1},
-    {"presence_penalty": 1.5, "frequency_penalty": 0.5, "seed": 2, "top_k": 20},
-    {"frequency_penalty": -0.5, "temperature": 0},
-    {"min_tokens": 20, "stop_token_ids": list(range(0, V, 3)), "seed": 4},
-    {"logit_bias": {5: 3.0, 6: -100}, "top_p": 0.9, "seed": 5},
-    {"allowed_token_ids": list(range(40, 90)), "repetition_penalty": 1.2, "n": 3, "seed": 6},
-    {"min_p": 0.05, "seed": 7, "frequency_penalty": 1.0, "logit_bias": {9: 5}, "n": 2},
-    {"seed": 8},
-]
-
-
-def test_tokens_depend_on_the_request_alone(tiny: Path) -> None:
-    """N13: alone, in a crowd, in chunks, under preemption and after a restart."""
-    prompts = [[(7 * i + j * j) % V for j in range(5 + 9 * i)] for i in range(len(MIXTURE))]
-    params = [SamplingParams(**{"max_tokens": 40, "detokenize": False, **settings}) for settings in MIXTURE]
-
-    def ids(outputs: list[RequestOutput]) -> list[list[list[int]]]:
-        return [[list(o.token_ids) for o in output.outputs] for output in outputs]
-
-    roomy = LLM(str(tiny), skip_tokenizer_init=True, max_model_len=128, block_size=16)
-    alone = [ids(roomy.generate([p], s, use_tqdm=False))[0] for p, s in zip(prompts, params, strict=True)]
-    assert Counter(len(sequences) for sequences in alone) == {1: 6, 2: 1, 3: 1}
-    assert ids(roomy.generate(prompts, params, use_tqdm=False)) == alone
-    for settings in (
-        {"num_blocks": 10, "enable_prefix_caching": False},
-        {"num_blocks": 12, "max_num_batched_tokens": 16},
-        {"max_num_seqs": 3},
-    ):
-        tight = LLM(str(tiny), skip_tokenizer_init=True, max_model_len=128, block_size=16, **settings)
-        assert ids(tight.generate(prompts, params, use_tqdm=False)) == alone
-        assert (tight.engine.stats().num_preemptions > 0) == ("num_blocks" in settings)
-        tight.engine.scheduler.check_integrity()

@@ -4,23 +4,20 @@ Each case is a tiny random checkpoint, made with transformers' own configuration
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import transformers
 
-from fairlead import LLM, SamplingParams
-from fairlead.testing.reference import MAX_PROMPT, Reference, logits_of, prompts_for, redraw
+from fairlead.testing.reference import Reference, check_faults_show, check_greedy, check_logits, prompts_for
+from fairlead.testing.tiny_checkpoint import redraw
 
 BLOCK_SIZE = 16
 WINDOW = 24
-QUERY_WEIGHTS = ("q_proj.weight", "q_b_proj.weight", "qkv_proj.weight")
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -59,7 +56,7 @@ def rope(kind: str, **settings: Any) -> dict[str, Any]:
 
 SHORT_FACTOR, LONG_FACTOR = [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], [1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 PHI3_ROPE = rope("longrope", short_factor=SHORT_FACTOR, long_factor=LONG_FACTOR, partial_rotary_factor=0.75)
-GEMMA_DRAW = {"norms_less_one": True, "embedding_scale": 4.0}
+GEMMA_DRAW = {"embedding_scale": 4.0}
 
 MOE = {
     "num_experts": 6,
@@ -142,9 +139,9 @@ CASES = {
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 20,
             "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 3.0,
+            "final_logit_softcapping": 6.0,
         },
-        draw=GEMMA_DRAW,
+        draw={"embedding_scale": 2.0},
         rewrite={"layer_types": None, "tie_word_embeddings": None},
         is_windowed=True,
     ),
@@ -250,93 +247,44 @@ CASES = {
 # The cache is sized by max_num_seqs: with so many, blocks that have left the window are still there for prefix hits.
 MODES: dict[str, dict[str, Any]] = {
     "at once": {"enable_prefix_caching": False},
-    "chunks and prefix hits": {"max_num_batched_tokens": 40, "enable_prefix_caching": True, "max_num_seqs": 1024},
+    "chunks and prefix hits": {"max_num_batched_tokens": 40, "max_num_seqs": 1024, "rounds": 2},
 }
 
 
 @pytest.fixture(scope="module", params=CASES)
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
-    case = CASES[request.param]
-    config = getattr(transformers, case.config)(**{**SMALL, **case.settings})
+def case(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def reference(case: str, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    made = CASES[case]
+    config = getattr(transformers, made.config)(**{**SMALL, **made.settings})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    redraw(model, **{"seed": 1, **case.draw})
-    directory = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(directory, **case.save)
+    redraw(model, **{"seed": 1, **made.draw})
+    directory = tmp_path_factory.mktemp(case)
+    model.save_pretrained(directory, **made.save)
     path = directory / "config.json"
-    written = {**json.loads(path.read_text()), **case.rewrite}
+    written = {**json.loads(path.read_text()), **made.rewrite}
     path.write_text(json.dumps({key: value for key, value in written.items() if value is not None}))
-    if case.short_factor is not None:
-        model.config.rope_parameters["short_factor"] = case.short_factor
+    if made.short_factor is not None:
+        model.config.rope_parameters["short_factor"] = made.short_factor
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    found = Reference(name=request.param, directory=directory, model=model)
-    yield found
-    found.report()
-
-
-def build(reference: Reference, num_new: int, **settings: Any) -> LLM:
-    longest = min(MAX_PROMPT + num_new, reference.model.config.max_position_embeddings)
-    return LLM(
-        str(reference.directory),
-        dtype="float32",
-        skip_tokenizer_init=True,
-        block_size=BLOCK_SIZE,
-        max_model_len=longest,
-        **settings,
-    )
+    return Reference.of_model(directory, model)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_greedy_equals_transformers(reference: Reference, mode: str, count: Callable[..., int]) -> None:
-    is_main = reference.name.startswith(("qwen", "gemma"))
+def test_n1_greedy_equals_transformers(reference: Reference, case: str, mode: str, count: Callable[..., int]) -> None:
+    is_main = case.startswith(("qwen", "gemma"))
     num_new, num_prompts = count(24, full=256 if is_main else 64), count(8, full=64 if is_main else 32)
-    prompts = prompts_for(reference.model.config.vocab_size, num_prompts)
-    llm = build(reference, num_new, **MODES[mode])
-    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, logprobs=0, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    if MODES[mode]["enable_prefix_caching"]:
-        again = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        assert sum(o.num_cached_tokens for o in again) > 0
-        outputs += again
-    for output in outputs:
-        assert len(output.outputs[0].token_ids) == num_new
-        reference.check(output)
-    first = [o.outputs[0].token_ids[:64] for o in outputs]  # so many of a vocabulary of 256
-    assert np.mean([len(set(ids)) / len(ids) for ids in first]) >= 0.5
-    assert llm.engine.stats().kv_cache_usage == 0
-    llm.engine.scheduler.check_integrity()
-    llm.close()
+    settings = {"block_size": BLOCK_SIZE, **MODES[mode]}
+    stats = check_greedy(reference, prompts_for(SMALL["vocab_size"], num_prompts), num_new, **settings)
+    assert (stats.num_prefix_hits > 0) == ("rounds" in settings)
 
 
 def test_logits_equal_transformers(reference: Reference) -> None:
-    (prompt,) = prompts_for(reference.model.config.vocab_size, 1)
-    llm = build(reference, 1, enable_prefix_caching=False, max_num_batched_tokens=MAX_PROMPT)
-    torch.testing.assert_close(logits_of(llm, prompt), reference.logits(prompt), atol=1e-4, rtol=0)
-    llm.close()
+    check_logits(reference, *prompts_for(SMALL["vocab_size"], 1))
 
 
-def test_a_wrong_position_window_or_head_would_show(reference: Reference) -> None:
-    """The checkpoints are drawn so that the comparisons above mean something."""
-    (prompt,) = prompts_for(reference.model.config.vocab_size, 1)
-    model, case = reference.model, CASES[reference.name]
-    right = reference.logits(prompt).argmax(-1)
-
-    moved = torch.arange(len(prompt))[None].clone()
-    moved[0, 100:] += 1
-    assert (reference.logits(prompt, position_ids=moved).argmax(-1) != right).any()
-
-    if case.is_windowed:
-        model.config.sliding_window += 8
-        wider = reference.logits(prompt).argmax(-1)
-        model.config.sliding_window -= 8
-        assert (wider != right).any()
-
-    name = next(n for n, _ in model.named_parameters() if n.endswith(QUERY_WEIGHTS))
-    weight, heads = model.get_parameter(name), model.config.num_attention_heads
-    if "qkv" in name:
-        heads += 2 * model.config.num_key_value_heads
-    kept, size = weight.detach().clone(), weight.shape[0] // heads
-    with torch.no_grad():
-        weight[:size], weight[size : 2 * size] = kept[size : 2 * size], kept[:size]
-        changed = reference.logits(prompt).argmax(-1)
-        weight.copy_(kept)
-    assert (changed != right).any()
+def test_a_wrong_position_window_or_head_would_show(reference: Reference, case: str) -> None:
+    check_faults_show(reference, *prompts_for(SMALL["vocab_size"], 1), is_windowed=CASES[case].is_windowed)

@@ -90,6 +90,16 @@ def test_a_pool_that_is_away_can_only_be_restored(allocator: MemoryAllocator, ca
     assert tensor.untyped_storage().nbytes() == 32
 
 
+@pytest.mark.parametrize("call", ["offload", "discard"])
+def test_memory_that_numpy_holds_stays(allocator: MemoryAllocator, call: str) -> None:
+    tensors = [allocator.empty((8,), torch.float32, tag="weights").fill_(1.0) for _ in range(3)]
+    array = tensors[1].numpy()
+    with pytest.raises(RuntimeError, match="1 tensors of the pool 'weights' cannot give their memory away"):
+        getattr(allocator, call)("weights")
+    assert allocator.allocated_bytes("weights") == 96
+    assert array.sum() == sum(tensor.sum() for tensor in tensors) / 3
+
+
 def test_there_are_two_pools(allocator: MemoryAllocator) -> None:
     with pytest.raises(ValueError, match="there is no pool 'scratch'; the pools are: weights, kv_cache"):
         allocator.empty((1,), torch.float32, tag="scratch")

@@ -156,3 +156,57 @@ def test_inputs_are_not_changed_and_results_are_new(name: str, fn: Callable[...,
     for result in results if isinstance(results, tuple) else (results,):
         assert isinstance(result, torch.Tensor)
         assert all(result.untyped_storage().data_ptr() != t.untyped_storage().data_ptr() for t in tensors)
+
+
+def test_lora_adds_each_rows_own_adapter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 7, generator=generator), torch.randn(5, 6, generator=generator)
+    a, b = torch.randn(3, 2, 7, generator=generator), torch.randn(3, 6, 2, generator=generator)
+    a[0] = b[0] = 0.0
+    adapters = [2, 0, 1, 2, 0]
+    before = x.clone(), y.clone()
+    adapter_N = torch.tensor(adapters)
+    out = reference.lora_expand(y, reference.lora_shrink(x, a, adapter_N), b, adapter_N)
+    for row, adapter in enumerate(adapters):
+        torch.testing.assert_close(out[row], y[row] + b[adapter] @ (a[adapter] @ x[row]))
+    assert torch.equal(out[1], y[1])
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+    half = reference.lora_expand(y.bfloat16(), reference.lora_shrink(x.bfloat16(), a, adapter_N), b, adapter_N)
+    assert half.dtype == torch.bfloat16
+
+
+def test_penalties_change_the_named_places_alone() -> None:
+    logits = torch.tensor([[2.0, -2.0, 5.0, -torch.inf], [1.0, 3.0, -1.0, 3e38]])
+    expected = [[2.0, -2.0 * 2 - 0.5 - 0.25, 5.0 / 2, -torch.inf], [1.0, 3.0 + 9.0, -1.0, 3.4028234663852886e38]]
+    index = torch.tensor([1, 2, 3, 5, 7])
+    repetition = torch.tensor([2.0, 2.0, 2.0, 1.0, 1e-38])
+    frequency = torch.tensor([0.5, 0.0, 0.5, -9.0, 0.0])
+    presence = torch.tensor([0.25, 0.0, 0.25, 0.0, 0.0])
+    reference.apply_penalties(logits, index, repetition, frequency, presence)
+    assert torch.equal(logits, torch.tensor(expected))
+
+
+def test_draw_inverts_the_cumulative_distribution() -> None:
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.75]]).repeat(5, 1)
+    uniform = torch.tensor([0.0, 0.2499, 0.25, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert reference.draw(probs, uniform).tolist() == [1, 1, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p", "tokens"),
+    [
+        (0, 1.0, 0.0, {0, 1, 2, 3}),
+        (4, 1.0, 0.0, {0, 1, 2, 3}),
+        (2, 1.0, 0.0, {0, 2}),
+        (0, 0.6, 0.0, {0, 2}),
+        (0, 1.0, 0.45, {0, 2, 3}),
+        (3, 0.5, 0.0, {0, 2}),
+    ],
+)
+def test_draw_filtered_keeps_the_best(top_k: int, top_p: float, min_p: float, tokens: set[int]) -> None:
+    probs = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).repeat(64, 1)
+    settings = torch.tensor([[top_k], [top_p], [min_p]], dtype=torch.float64).repeat(1, 64)
+    uniform = torch.linspace(0, 1 - 1e-9, 64, dtype=torch.float64)[None]
+    drawn = reference.draw_filtered(probs, torch.cat((settings, uniform)), top_k if top_k < 4 else 0)
+    assert set(drawn.tolist()) == tokens

@@ -117,7 +117,7 @@ EDITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("first", EDITS)
-def test_edits_alone_and_two_by_two_are_the_oracles(first: str, count: Callable[..., int]) -> None:
+def test_n14_edits_alone_and_two_by_two_are_the_oracles(first: str, count: Callable[..., int]) -> None:
     rng = np.random.default_rng(len(first))
     for second in EDITS:
         chunks = []
@@ -175,7 +175,7 @@ def test_a_draw_does_not_depend_on_its_batch_and_changes_no_logits() -> None:
     ],
     ids=str,
 )
-def test_support_and_frequencies_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
+def test_n14_support_and_frequencies_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
     """Edits come before temperature and the cuts."""
     num_draws = count(20_000, full=1_000_000)
     logits = np.round(np.random.default_rng(7).normal(0, 1.5, V) * 8) / 8

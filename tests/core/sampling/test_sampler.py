@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from fairlead.ops.reference import NUM_CANDIDATES
 from fairlead.request import SamplingParams
-from fairlead.sampling.sampler import _NUM_CANDIDATES, DrawnRows, SamplingBatch, sample, uniform
+from fairlead.sampling.sampler import DrawnRows, SamplingBatch, sample, uniform
 from fairlead.scheduling.batch import SampledToken, ScheduledChunk
 
 MAX_SEED = 2**64 - 1
@@ -125,7 +126,7 @@ def random_logits(rng: np.random.Generator, size: int) -> np.ndarray:
     ],
     ids=str,
 )
-def test_support_and_shares_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
+def test_n14_support_and_shares_are_the_oracles(settings: dict[str, Any], count: Callable[..., int]) -> None:
     rng = np.random.default_rng(0)
     checked = sum(
         check_against_oracle(random_logits(rng, size), **settings)
@@ -135,10 +136,10 @@ def test_support_and_shares_are_the_oracles(settings: dict[str, Any], count: Cal
     assert checked >= count(6, full=600)
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.97}, {"min_p": 0.01}, {"top_k": _NUM_CANDIDATES + 1}], ids=str)
+@pytest.mark.parametrize("settings", [{"top_p": 0.97}, {"min_p": 0.01}, {"top_k": NUM_CANDIDATES + 1}], ids=str)
 def test_more_tokens_than_the_sorted_candidates(settings: dict[str, Any]) -> None:
-    logits = np.round(np.random.default_rng(1).normal(0, 1, 3 * _NUM_CANDIDATES) * 8) / 8
-    assert len(oracle(logits, **settings)[0]) > _NUM_CANDIDATES
+    logits = np.round(np.random.default_rng(1).normal(0, 1, 3 * NUM_CANDIDATES) * 8) / 8
+    assert len(oracle(logits, **settings)[0]) > NUM_CANDIDATES
     assert check_against_oracle(logits, **settings)
     rows = torch.from_numpy(np.stack([logits, logits * 64])).float()  # the second needs few candidates
     chunks = [chunk(seed=3, **settings), chunk(seed=4, **settings)]
@@ -205,7 +206,7 @@ def test_greedy_takes_the_first_of_equals() -> None:
     ids=str,
 )
 @pytest.mark.parametrize("vary", ["seed", "position"])
-def test_frequencies_are_the_oracles(settings: dict[str, Any], vary: str, count: Callable[..., int]) -> None:
+def test_n14_frequencies_are_the_oracles(settings: dict[str, Any], vary: str, count: Callable[..., int]) -> None:
     num_draws = count(20_000, full=1_000_000)
     logits = random_logits(np.random.default_rng(7), 40)
     kept, probs, _ = oracle(logits, **settings)

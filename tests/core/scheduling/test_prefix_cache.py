@@ -60,7 +60,7 @@ def test_the_least_recently_used_idle_block_is_evicted_first() -> None:
     cache = cache_of((1, A), (2, B), (3, C))
     cache.set_busy(1)
     cache.set_idle(1)  # used again: now the last in line
-    assert [cache.evict() for _ in range(3)] == [2, 3, 1]
+    assert [cache.evict() for _ in range(3)] == [(2, B), (3, C), (1, A)]
     assert cache.get(A) is cache.get(B) is cache.get(C) is None
     with pytest.raises(KeyError):
         cache.evict()
@@ -70,7 +70,7 @@ def test_a_busy_block_is_never_evicted() -> None:
     cache = cache_of((1, A), (2, B))
     cache.set_busy(1)
     assert cache.num_idle == 1
-    assert cache.evict() == 2
+    assert cache.evict() == (2, B)
     with pytest.raises(KeyError):
         cache.evict()
     assert cache.get(A) == 1

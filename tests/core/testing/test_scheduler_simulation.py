@@ -1,26 +1,44 @@
 """The simulation sees planted bugs: each of them changes what a sequence reads, holds or waits for."""
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fairlead.request import BlockTable, Sequence
 from fairlead.scheduling import block_manager
+from fairlead.scheduling.batch import BlockCopy, CopyKind
 from fairlead.scheduling.block_manager import BlockManager, CacheGroup
 from fairlead.scheduling.block_pool import BlockPool
+from fairlead.scheduling.host_tier import HostTier, SwapCosts
 from fairlead.scheduling.prefix_cache import root_hash
 from fairlead.scheduling.scheduler import Scheduler, _Step
 from fairlead.testing.scheduler_simulation import simulate
 
-first_visible, release_before, reserve = CacheGroup.first_visible, BlockManager._release_before, BlockManager.reserve
-publish, fork = BlockManager._publish, BlockManager.fork
+first_visible, release_before = CacheGroup.first_visible, BlockManager._release_before
+take_copies, swap_in = BlockManager.take_copies, BlockManager._swap_in
+publish, fork, store = BlockManager._publish, BlockManager.fork, HostTier.store
 continue_running, start_over = Scheduler._continue_running, Scheduler._start_over
 
 
-def _copy_in_another_group(self: BlockManager, seq: Sequence, num_tokens: int) -> list[tuple[int, int, int]] | None:
-    copies = reserve(self, seq, num_tokens)
-    return copies and [(len(self.groups) - 1 - group, source, copy) for group, source, copy in copies]
+def _copy_in_another_group(self: BlockManager) -> tuple[BlockCopy, ...]:
+    return tuple(replace(copy, group=len(self.groups) - 1 - copy.group) for copy in take_copies(self))
+
+
+def _swap_in_without_hold(self: BlockManager, seq: Sequence, group: int, numbers: Seq[int]) -> None:
+    tier = self.tiers[group]
+    held = {seq.block_hashes[i]: tier.blocks[seq.block_hashes[i]] for i in numbers}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HostTier, "take", lambda self, its_hash: held[its_hash])
+        patch.setattr(HostTier, "put_back", lambda self, its_hash, block: None)
+        swap_in(self, seq, group, numbers)
+
+
+def _store_one_off(self: HostTier, its_hash: bytes) -> int | None:
+    block = store(self, its_hash)
+    return block and (block + 1) % self.num_blocks
 
 
 def _publish_one_off(self: BlockManager, seq: Sequence, num_tokens: int) -> None:
@@ -63,7 +81,7 @@ BUGS: dict[str, tuple[object, str, Callable[..., Any]]] = {
         "_release_before",
         lambda self, first, pool, table: release_before(self, first - 1, pool, table),
     ),
-    "copies in another group": (BlockManager, "reserve", _copy_in_another_group),
+    "copies in another group": (BlockManager, "take_copies", _copy_in_another_group),
     "no copies": (BlockPool, "is_writable", lambda self, block: True),
     "writes to cached blocks": (BlockPool, "is_writable", lambda self, block: self._refs[block] == 1),
     "publishes the wrong hash": (BlockManager, "_publish", _publish_one_off),
@@ -90,6 +108,24 @@ BUGS: dict[str, tuple[object, str, Callable[..., Any]]] = {
     "shares between tenants": (block_manager, "root_hash", lambda cache_salt: root_hash("")),
     "counts a window as nothing": (block_manager, "blocks_per_sequence", lambda window, tokens, size, chunk: 1),
     "keeps the cache at a reset": (BlockManager, "reset_cache", lambda self: None),
+    "keeps the host's blocks at a reset": (HostTier, "clear", lambda self: None),
+    "keeps what gave NaN on the host": (HostTier, "forget", lambda self, its_hash: None),
+    "overwrites host blocks that come back": (BlockManager, "_swap_in", _swap_in_without_hold),
+    "copies to another host block": (HostTier, "store", _store_one_off),
+    "copies nothing to the host": (
+        BlockManager,
+        "take_copies",
+        lambda self: tuple(c for c in take_copies(self) if c.kind is not CopyKind.OUT),
+    ),
+    "copies nothing back": (
+        BlockManager,
+        "take_copies",
+        lambda self: tuple(c for c in take_copies(self) if c.kind is not CopyKind.IN),
+    ),
+    "copies in another order": (BlockManager, "take_copies", lambda self: take_copies(self)[::-1]),
+    "evicts to nowhere": (BlockManager, "_swap_out", lambda self, group, block, its_hash: None),
+    "copies back at any price": (SwapCosts, "pays", lambda self, num_blocks, num_tokens: num_tokens > 0),
+    "shares among private requests": (block_manager, "private_root_hash", lambda number: root_hash("")),
 }
 
 

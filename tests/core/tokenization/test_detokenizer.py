@@ -81,7 +81,7 @@ def test_text_split_anywhere_streams_to_the_whole_text(tokenizer: Tokenizer, tex
                 assert released == whole(tokenizer, ids[:border], ids[border:])
 
 
-@pytest.mark.parametrize("name", ["demo", "sentencepiece", "real-llama-spm"])
+@pytest.mark.parametrize("name", ["demo", "sentencepiece", "llama-spm"])
 @settings(max_examples=50, deadline=None, suppress_health_check=FIXTURES)
 @given(text=st.text(max_size=30), chunk=st.integers(1, 4))
 def test_any_text_round_trips(tokenizer_named: Callable[[str], Tokenizer], name: str, text: str, chunk: int) -> None:
@@ -136,6 +136,16 @@ def test_a_character_across_the_border_is_the_outputs(spm_tokenizer: Tokenizer, 
         assert streamed(tokenizer, ids[:-2], ids[-2:], SamplingParams())[0] == "🙂"
         other = tokenizer.encode_continuation("a")
         assert streamed(tokenizer, ids[:-2], other, SamplingParams())[0] == "a"
+
+
+@pytest.mark.parametrize("data", [b"\xed\xa1", b"\xed", b"\xf0\x9f\x99", b"a\xed\xbf", b"\xf4\x90", b"\xc3"])
+def test_what_the_prompt_left_incomplete_is_not_the_outputs(demo_tokenizer: Tokenizer, data: bytes) -> None:
+    token_of = {demo_tokenizer.token_bytes(i): i for i in range(demo_tokenizer.vocab_size)}
+    prompt = [token_of[bytes([byte])] for byte in data]
+    for output in (b"", b"\x80", b"\xff", b"a", b"\x82\xac", b"\xe2\x82"):
+        ids = [token_of[bytes([byte])] for byte in output]
+        text = streamed(demo_tokenizer, prompt, ids, SamplingParams())[0]
+        assert text == whole(demo_tokenizer, prompt, ids)
 
 
 def test_a_byte_run_in_the_prompt_keeps_its_characters(spm_tokenizer: Tokenizer) -> None:

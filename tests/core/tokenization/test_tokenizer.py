@@ -72,7 +72,7 @@ def test_token_text_is_the_text_in_the_middle(spm_tokenizer: Tokenizer, demo_tok
 
 
 @pytest.mark.parametrize("text", ["plain text", "naïve 日本 🙂", " x"])
-@pytest.mark.parametrize("name", ["demo", "sentencepiece", "real-llama-spm"])
+@pytest.mark.parametrize("name", ["demo", "sentencepiece", "llama-spm"])
 def test_token_bytes_add_up_to_the_text(tokenizer_named: Callable[[str], Tokenizer], name: str, text: str) -> None:
     tokenizer = tokenizer_named(name)
     ids = tokenizer.encode_continuation(text)

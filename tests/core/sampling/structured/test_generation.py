@@ -61,7 +61,7 @@ def texts(output: RequestOutput) -> list[str]:
     return [sequence.text for sequence in output.outputs]
 
 
-def test_random_schemas_are_kept(llm: LLM, count: Callable[..., int]) -> None:
+def test_n15_random_schemas_are_kept(llm: LLM, count: Callable[..., int]) -> None:
     rng = random.Random(11)
     num_schemas = count(60, full=10_000)
     num_stopped = 0

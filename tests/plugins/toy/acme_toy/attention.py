@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fairlead.errors import ConfigError
-from fairlead.interface import AttentionMetadata, AttentionShape, KVCache, MemoryAllocator
+from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVCache, MemoryAllocator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +100,33 @@ class ToyAttention:
 
     def copy_blocks(self, kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]) -> None:
         """Copies whole blocks within every layer, one pair after the other."""
-        for cache in kv_caches:
-            assert isinstance(cache, ToyCache)
-            for source, destination in pairs:
-                for tensor in (cache.k, cache.v):
-                    tensor[:, destination] = tensor[:, source]
+        _copy(kv_caches, kv_caches, pairs)
+
+    def allocate_host(self, num_blocks: int) -> list[HostCache]:
+        """One ToyCache per layer, of host tensors."""
+        K, D, size = self._spec.num_kv_heads, self._spec.head_size, self._shape.block_size
+        return [
+            ToyCache(k=torch.empty(K, num_blocks, D, size), v=torch.empty(K, num_blocks, size, D))
+            for _ in range(self._shape.num_layers)
+        ]
+
+    def copy_to_host(
+        self, kv_caches: Sequence[KVCache], host_caches: Sequence[HostCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies whole blocks, one pair after the other."""
+        _copy(kv_caches, host_caches, pairs)
+
+    def copy_from_host(
+        self, host_caches: Sequence[HostCache], kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Copies whole blocks, one pair after the other."""
+        _copy(host_caches, kv_caches, pairs)
+
+
+def _copy(sources: Sequence[object], destinations: Sequence[object], pairs: Sequence[tuple[int, int]]) -> None:
+    for source, destination in zip(sources, destinations, strict=True):
+        assert isinstance(source, ToyCache)
+        assert isinstance(destination, ToyCache)
+        for i, j in pairs:
+            for tensor, copy in ((source.k, destination.k), (source.v, destination.v)):
+                copy[:, j] = tensor[:, i].to(copy.device)

@@ -47,6 +47,10 @@ class ToyPlatform(BasicPlatform):
             self.allocate, storage_of=lambda tensor: held_by(tensor).untyped_storage()
         )
 
+    def max_swap_bytes(self, device_bytes: int) -> int | None:
+        """The toy's memory is the host's in disguise: as much again."""
+        return self.memory_info().free_bytes
+
     def memory_info(self) -> MemoryInfo:
         """What its own pools have left."""
         used = self.allocator.allocated_bytes("weights") + self.allocator.allocated_bytes("kv_cache")

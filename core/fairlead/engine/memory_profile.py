@@ -1,0 +1,124 @@
+"""Measures what the largest step of a loaded model needs beside its weights and its KV cache.
+
+A step of `max_num_batched_tokens` would take minutes for a large model on a small device. What a forward pass needs
+grows linearly with its tokens: two small steps tell how, with the longest context in both. What the logits need is
+measured with as many rows as may be sampled at once, and no forward pass.
+
+Shapes: T tokens of the largest step, R rows that it samples, E model width.
+"""
+
+import math
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from functools import partial
+
+import torch
+
+from fairlead.engine.model_runner import ModelRunner
+from fairlead.engine.planner import EnginePlan
+from fairlead.request import SamplingParams
+from fairlead.sampling.sampler import SamplingBatch, sample
+from fairlead.scheduling.batch import ScheduledBatch, ScheduledChunk
+from fairlead.scheduling.block_manager import blocks_per_sequence
+
+_SAMPLING = SamplingParams(temperature=1.0, top_p=0.9, top_k=50)  # of the common ones, what takes most memory
+_SIZES = (32, 96)  # tokens of the two steps
+
+
+def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
+    """Peak bytes of the largest step; None where the platform cannot tell. Its cache is allocated and freed again."""
+    settings = plan.settings
+    num_blocks = [
+        blocks_per_sequence(
+            group.sliding_window, settings.max_model_len, settings.block_size, settings.max_num_batched_tokens
+        )
+        for group in plan.cache_groups
+    ]
+    most = settings.max_num_batched_tokens
+    steps = [step_of(plan, num_blocks, min(size, most)) for size in _SIZES]
+    runner.allocate_cache(num_blocks)
+    try:
+        for group, (backend, kv_caches) in enumerate(zip(runner.backends, runner.kv_caches, strict=True)):
+            # What a step is the first to write of the cache would count as its own.
+            written = sorted(set().union(*(_written(c, group, settings.block_size) for c in steps[-1].chunks)))
+            backend.copy_blocks(kv_caches, list(zip([*written[1:], written[0]], written, strict=True)))
+        width = _forward(runner, steps[0]).shape[1]
+        forward = [_peak(plan, partial(_forward, runner, step)) for step in steps]
+    finally:
+        runner.kv_caches = []
+    hidden_RE, samplers = _sampled_rows(plan, width)
+    logits = _peak(plan, lambda: sample(runner.padded.logits(hidden_RE), samplers))
+    if None in forward or logits is None:
+        return None
+    small, large = (peak for peak in forward if peak is not None)
+    per_token = max(large - small, 0) / max(steps[1].num_tokens - steps[0].num_tokens, 1)
+    hidden_bytes = most * hidden_RE.shape[1] * hidden_RE.itemsize
+    return max(large + math.ceil(per_token * (most - steps[1].num_tokens)), logits + hidden_bytes)
+
+
+def _forward(runner: ModelRunner, step: ScheduledBatch) -> torch.Tensor:
+    return runner.forward(runner.prepare(step))
+
+
+def _peak(plan: EnginePlan, work: Callable[[], object]) -> int | None:
+    @torch.inference_mode()
+    def run() -> None:
+        work()
+
+    profile = plan.platform.memory_profile(run)
+    return None if profile is None else profile.peak_bytes
+
+
+def _sampled_rows(plan: EnginePlan, width: int) -> tuple[torch.Tensor, SamplingBatch]:
+    """Hidden states of as many rows as a step may sample, and how they are sampled."""
+    settings = plan.settings
+    num_rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    hidden_RE = torch.zeros((num_rows, width), dtype=dtype, device=plan.platform.torch_device)
+    chunk = ScheduledChunk(
+        seq_id=0, token_ids=(0,), start=0, block_tables=(), params=_SAMPLING, sample_seed=0, position=1
+    )
+    return hidden_RE, SamplingBatch.of([chunk] * num_rows)
+
+
+def step_of(plan: EnginePlan, num_blocks: Seq[int], num_tokens: int) -> ScheduledBatch:
+    """A step of so many tokens that samples nothing: one is the last of the longest context, the others are prompts.
+
+    The sequences share their blocks; nobody reads what comes out.
+    """
+    settings = plan.settings
+    chunks: list[ScheduledChunk] = []
+    longest, spare = settings.max_model_len, num_tokens
+    while spare:
+        start, length = (0, min(spare, longest - 1)) if chunks else (longest - 1, 1)
+        spare -= length
+        tables = tuple(
+            _table(group.sliding_window, start, length, settings.block_size, n)
+            for group, n in zip(plan.cache_groups, num_blocks, strict=True)
+        )
+        chunks.append(
+            ScheduledChunk(
+                seq_id=len(chunks),
+                token_ids=(0,) * length,
+                start=start,
+                block_tables=tables,
+                params=_SAMPLING,
+                sample_seed=None,
+                position=start + length,
+            )
+        )
+    return ScheduledBatch(chunks=tuple(chunks), block_copies=())
+
+
+def _table(
+    window: int | None, start: int, length: int, block_size: int, num_blocks: int
+) -> tuple[int, tuple[int, ...]]:
+    """The blocks that a chunk reads or writes: from the window of its first token on."""
+    first = 0 if window is None else max(start - window + 1, 0) // block_size
+    last = (start + length - 1) // block_size
+    return first, tuple(i % num_blocks for i in range(last - first + 1))
+
+
+def _written(chunk: ScheduledChunk, group: int, block_size: int) -> set[int]:
+    first, blocks = chunk.block_tables[group]
+    return set(blocks[chunk.start // block_size - first :])
