@@ -15,7 +15,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard platforms/*/pyproject.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-full check bench clean
+.PHONY: help demo serve test test-full check bench chaos clean
 
 help:
 	@echo 'make demo       install into $(VENV) and watch the embedded model write'
@@ -24,6 +24,7 @@ help:
 	@echo 'make test-full  every test at its full count; this takes up to two hours'
 	@echo 'make check      format, lint, types, packaging and import rules'
 	@echo 'make bench      the benchmarks'
+	@echo 'make chaos      what the server promises under faults, measured (ARGS="R1 R4 --full")'
 	@echo 'make clean      remove $(VENV)'
 
 demo: $(INSTALLED)
@@ -47,6 +48,9 @@ check: $(DEV_INSTALLED)
 
 bench: $(INSTALLED)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+
+chaos: $(INSTALLED)
+	$(BIN)/python benchmarks/reliability/chaos.py $(ARGS)
 
 clean:
 	rm -rf "$(VENV)"

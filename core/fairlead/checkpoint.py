@@ -139,10 +139,14 @@ def _directory(config: ModelConfig) -> Path:
         raise ModelNotFoundError(
             f"there is no model directory {config.model!r}; give a directory, a Hugging Face id (org/name) or 'demo'"
         )
-    return _download(config)
+    return download(config)
 
 
-def _download(config: ModelConfig) -> Path:
+def download(config: ModelConfig) -> Path:
+    """Brings a Hugging Face id into the cache, as far as it is not there; returns its directory.
+
+    Raises ModelNotFoundError.
+    """
     from huggingface_hub import snapshot_download
 
     try:

@@ -12,14 +12,64 @@ from typing import Any, get_type_hints
 from fairlead.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+METRICS_COMPAT = ("none", "vllm", "vllm-legacy")
 QUANTIZATIONS = ("int8", "int4")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
-def setting(default: Any, help: str, *, aliases: tuple[str, ...] = (), positional: bool = False) -> Any:
-    """A dataclass field with its one-sentence help and its other accepted spellings (without dashes)."""
-    return field(default=default, metadata={"help": help, "aliases": aliases, "positional": positional})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Awaited:
+    """A setting that others have and that waits for its feature: it may be given at its neutral value alone."""
+
+    name: str
+    neutral: object
+    feature: str
+    short: str | None = None
+
+    def check(self, value: object) -> None:
+        """Raises ConfigError on any other value than the neutral one; text, as a flag has it, is compared as text."""
+        if value is not None and str(value).lower() != str(self.neutral).lower():
+            hint = "leave it out" if self.neutral is None else f"leave it out or give {self.neutral}"
+            raise ConfigError(f"{self.name}={value!r:.60}: {self.feature} is not there yet; {hint}")
+
+
+_PARALLEL, _SPECULATION, _ADAPTERS = "parallelism above 1", "speculative decoding", "serving of LoRA adapters"
+_TOOLS, _REASONING, _SLEEP = "tool calling", "parsing of reasoning", "sleep mode"
+AWAITED = (
+    Awaited(name="tensor_parallel_size", neutral=1, feature=_PARALLEL, short="tp"),
+    Awaited(name="pipeline_parallel_size", neutral=1, feature=_PARALLEL, short="pp"),
+    Awaited(name="data_parallel_size", neutral=1, feature=_PARALLEL, short="dp"),
+    Awaited(name="enable_expert_parallel", neutral=False, feature=_PARALLEL),
+    Awaited(name="speculative_config", neutral=None, feature=_SPECULATION),
+    Awaited(name="speculative_model", neutral=None, feature=_SPECULATION),
+    Awaited(name="num_speculative_tokens", neutral=None, feature=_SPECULATION),
+    Awaited(name="enable_lora", neutral=False, feature=_ADAPTERS),
+    Awaited(name="lora_modules", neutral=None, feature=_ADAPTERS),
+    Awaited(name="max_loras", neutral=None, feature=_ADAPTERS),
+    Awaited(name="max_lora_rank", neutral=None, feature=_ADAPTERS),
+    Awaited(name="enable_auto_tool_choice", neutral=False, feature=_TOOLS),
+    Awaited(name="tool_call_parser", neutral=None, feature=_TOOLS),
+    Awaited(name="enable_reasoning", neutral=False, feature=_REASONING),
+    Awaited(name="reasoning_parser", neutral=None, feature=_REASONING),
+    Awaited(name="enable_sleep_mode", neutral=False, feature=_SLEEP),
+    Awaited(name="kv_cache_dtype", neutral="auto", feature="a KV cache of another data type"),
+    Awaited(name="tokenizer_mode", neutral="auto", feature="another tokenizer mode"),
+    Awaited(name="trust_remote_code", neutral=False, feature="running code of a checkpoint"),
+    Awaited(name="cpu_offload_gb", neutral=0, feature="offloading of weights"),
+    Awaited(name="enable_prompt_embeds", neutral=False, feature="prompts as embeddings"),
+)
+
+
+def setting(
+    default: Any, help: str, *, aliases: tuple[str, ...] = (), positional: bool = False, secret: bool = False
+) -> Any:
+    """A dataclass field with its one-sentence help and its other accepted spellings (without dashes).
+
+    No repr shows a secret one.
+    """
+    metadata = {"help": help, "aliases": aliases, "positional": positional}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def _at_least(config: object, name: str, low: float, *, optional: bool = False) -> None:
@@ -52,7 +102,6 @@ class ModelConfig:
     load_format: str = setting("auto", "'safetensors', 'dummy' (random weights, for benchmarks) or 'auto'.")
     max_model_len: int | None = setting(None, "Longest sequence in tokens; the model's own limit if not given.")
     seed: int = setting(0, "Seed of requests that bring none.")
-    served_model_name: str | None = setting(None, "Name of the model in the API, if not the one it was loaded by.")
     generation_config: str = setting("auto", "'auto' takes sampling defaults from the model, 'fairlead' ignores them.")
     structured_outputs_backend: str = setting(
         "auto",
@@ -168,7 +217,11 @@ class EngineConfig:
         """Builds a config from flat setting names or their aliases; raises ConfigError on an unknown name."""
         sections: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(cls)}
         homes = {name: s for s in engine_settings() for name in (s.name, *s.aliases)}
+        awaited = {a.name: a for a in AWAITED if a.name not in homes}
         for name, value in settings.items():
+            if name in awaited:
+                awaited[name].check(value)
+                continue
             if name not in homes:
                 close = difflib.get_close_matches(name, homes, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -184,12 +237,63 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "Address to listen on.")
     port: int = setting(8000, "Port to listen on.")
-    log_level: str = setting("info", "debug, info, warning or error.")
+    uds: str | None = setting(None, "Path of a Unix socket to listen on, in place of host and port.")
+    served_model_name: tuple[str, ...] = setting(
+        (), "Names of the model in the API, if not the one it was loaded by; answers bear the one that was asked for."
+    )
+    api_key: tuple[str, ...] = setting(
+        (), "Keys, one of which every request must then bring; /health needs none.", secret=True
+    )
+    api_key_file: str | None = setting(None, "File with one such key per line.")
+    metrics_without_key: bool = setting(False, "Show /metrics to requests that bring no key.")
+    ssl_certfile: str | None = setting(None, "PEM file of the server's certificate; HTTPS then replaces HTTP.")
+    ssl_keyfile: str | None = setting(None, "PEM file of the certificate's key, if it is not in the same file.")
+    ssl_keyfile_password: str | None = setting(None, "Password of the key file.", secret=True)
+    ssl_ca_certs: str | None = setting(None, "PEM file of the authorities that sign the certificates of clients.")
+    ssl_cert_reqs: int = setting(0, "Certificates of clients: 0 asks for none, 1 takes one, 2 needs one.")
+    cors_origins: tuple[str, ...] = setting(
+        (), "Origins whose pages may call the server, or '*'; none if not given.", aliases=("allowed_origins",)
+    )
+    cors_methods: tuple[str, ...] = setting(
+        ("GET", "POST"), "Methods that those pages may use.", aliases=("allowed_methods",)
+    )
+    cors_headers: tuple[str, ...] = setting(
+        ("authorization", "content-type", "x-api-key", "x-request-id"),
+        "Headers that those pages may send.",
+        aliases=("allowed_headers",),
+    )
+    cors_credentials: bool = setting(False, "Let those pages send cookies.", aliases=("allow_credentials",))
+    max_queued_requests: int = setting(1024, "Requests that may wait for their first step; more are refused with 429.")
+    max_queue_time: float | None = setting(None, "Seconds that a request may wait for its first step.")
+    max_request_time: float | None = setting(None, "Seconds that a request may take from its arrival to its end.")
+    shutdown_timeout: float = setting(30.0, "Seconds that requests in flight have to end after SIGTERM or SIGINT.")
+    metrics_compat: str = setting(
+        "vllm", f"Names of the metrics beside fairlead's own: {', '.join(METRICS_COMPAT)} (with those of old releases)."
+    )
+    log_format: str = setting("text", "text or json, a line each, on standard error.")
+    log_level: str = setting("info", "debug, info, warning or error.", aliases=("uvicorn_log_level",))
 
     def __post_init__(self) -> None:
+        for name in ("served_model_name", "api_key", "cors_origins", "cors_methods", "cors_headers"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
         _one_of(self, "log_level", ("debug", "info", "warning", "error"))
+        _one_of(self, "log_format", ("text", "json"))
+        _one_of(self, "metrics_compat", METRICS_COMPAT)
+        _at_least(self, "max_queued_requests", 1)
+        for name in ("max_queue_time", "max_request_time"):
+            _at_least(self, name, 0.001, optional=True)
+        _at_least(self, "shutdown_timeout", 0)
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ConfigError(f"ssl_cert_reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}")
+        if self.ssl_certfile is None and (self.ssl_keyfile is not None or self.ssl_ca_certs is not None):
+            raise ConfigError("ssl_keyfile and ssl_ca_certs need ssl_certfile, the server's own certificate")
+        if "" in self.api_key:
+            raise ConfigError("api_key is empty; give a key, or leave it out")
+        if self.cors_credentials and "*" in self.cors_origins:
+            raise ConfigError("cors_credentials needs cors_origins by name, not '*'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

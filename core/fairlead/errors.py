@@ -13,6 +13,7 @@
     ├── RequestError (ValueError)         one request is wrong; the engine goes on
     │   └── ContextLengthError            its prompt (or prompt + max_tokens) exceeds the context
     ├── KVCacheMemoryError                the KV cache does not fit (names needed, available, what fits)
+    ├── DeadlineError                     a request waited or ran for too long
     └── EngineDeadError                   the engine has ended; its in-flight requests failed with it
 
 Each message says what was asked, what was found and what to do, in one line.
@@ -80,6 +81,14 @@ class ContextLengthError(RequestError):
 
 class KVCacheMemoryError(FairleadError):
     """The KV cache does not fit into memory; the message names needed, available and what would fit."""
+
+
+class DeadlineError(FairleadError):
+    """A request waited or ran longer than it was allowed to and was ended."""
+
+    def __init__(self, message: str, *, queued: bool) -> None:
+        super().__init__(message)
+        self.queued = queued
 
 
 class EngineDeadError(FairleadError):

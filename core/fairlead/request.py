@@ -271,3 +271,4 @@ class EngineStats:
     num_prefix_hits: int = 0  # tokens found there
     num_nan_sequences: int = 0
     num_steps: int = 0
+    num_scheduled_tokens: int = 0  # that all steps computed

@@ -1,23 +1,33 @@
 """What a server says about itself when it starts."""
 
 import ipaddress
+from typing import Any
 
 from fairlead import __version__
-from fairlead.config import PlatformConfig
+from fairlead.config import PlatformConfig, ServerConfig
 from fairlead.plugins import discover
 from fairlead.request import EngineInfo
 
 
-def banner(info: EngineInfo, asked: PlatformConfig, host: str, port: int) -> str:
-    """What was loaded, what fits, and how to ask for the first answer."""
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def banner(info: EngineInfo, asked: PlatformConfig, config: ServerConfig, address: Any) -> str:
+    """What was loaded, what fits, and how to ask for the first answer. `address` is that of the listening socket."""
+    curl = "curl"
+    if config.uds is not None:
+        url, curl = "http://localhost", f"curl --unix-socket {config.uds}"
+    else:
+        host, port = address[:2]
+        scheme = "http" if config.ssl_certfile is None else "https"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    name = (*config.served_model_name, info.model)[0]
+    has_keys = bool(config.api_key or config.api_key_file)
+    key = " -H 'Authorization: Bearer KEY'" if has_keys else ""
     lines = engine_lines(info, asked) | {
-        "listening": f"{url}/v1",
-        "try": f"curl {url}/v1/completions -H 'Content-Type: application/json' "
-        f"""-d '{{"model": "{info.model}", "prompt": "Once", "max_tokens": 32}}'""",
+        "listening": f"{url}/v1" if config.uds is None else f"{url}/v1, at {config.uds}",
+        "try": f"{curl} {url}/v1/completions{key} -H 'Content-Type: application/json' "
+        f"""-d '{{"model": "{name}", "prompt": "Once", "max_tokens": 32}}'""",
     }
-    if not _is_loopback(host):
-        lines["warning"] = f"anyone who reaches {host} can use this server: it asks for no key"
+    if config.uds is None and not has_keys and not _is_loopback(address[0]):
+        lines["warning"] = f"anyone who reaches {address[0]} can use this server: it asks for no key; see --api-key"
     return layout(lines)
 
 

@@ -12,7 +12,8 @@ from fairlead import __version__
 from fairlead.config import engine_settings
 from fairlead.errors import ConfigError, FairleadError
 from fairlead.plugins import PlatformRecord, discover, providers
-from fairlead_server.cli_options import gather, server_settings, with_options
+from fairlead_server import commands
+from fairlead_server.cli_options import gather, server_settings, spread_lists, with_options
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -114,6 +115,14 @@ def platforms(
         print("No platform is installed; install one, for example: pip install 'fairlead[cpu]'")
 
 
+app.command()(commands.chat)
+app.command()(commands.complete)
+app.command()(commands.pull)
+app.command("list")(commands.list_models)
+app.command("rm")(commands.remove)
+app.add_typer(commands.bench, name="bench")
+
+
 def _platform_entry(record: PlatformRecord) -> dict[str, Any]:
     return {
         "name": record.name,
@@ -160,7 +169,7 @@ def _print_rows(rows: list[tuple[str, ...]]) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs a command line and exits: 0, 2 for a wrong command line, 1 for a failure, 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = spread_lists(sys.argv[1:] if arguments is None else arguments)
     try:
         status = typer.main.get_command(app).main(args=arguments, prog_name="fairlead", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -170,13 +179,19 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(status if isinstance(status, int) else 0)
 
 
+def _moved(error: Exception) -> str:
+    return "; its place is taken by `fairlead bench serve`" if "api_server_benchmark" in str(error) else ""
+
+
 def _report(error: Exception, *, debug: bool) -> int:
     """Says in one line what went wrong; returns the exit status."""
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, BrokenPipeError):  # whoever read our output has gone
+        return EXIT_FAILED
     if isinstance(error, USAGE_ERROR):
         command = getattr(getattr(error, "ctx", None), "command_path", "fairlead")
-        message, status = f"{error.format_message()}; see `{command} --help`", EXIT_USAGE  # type: ignore[attr-defined]
+        message, status = f"{error.format_message()}{_moved(error)}; see `{command} --help`", EXIT_USAGE  # type: ignore[attr-defined]
     elif isinstance(error, FairleadError):
         message, status = str(error), EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     else:

@@ -5,6 +5,7 @@ Command line, then FAIRLEAD_<SETTING> (the parser knows both), then the file of 
 
 import dataclasses
 import inspect
+import json
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Union, get_args, get_origin
 import msgspec
 import typer
 
-from fairlead.config import EngineConfig, ServerConfig, Setting, engine_settings, settings_of
+from fairlead.config import AWAITED, EngineConfig, ServerConfig, Setting, engine_settings, settings_of
 from fairlead.errors import ConfigError
 
 PANELS = {
@@ -23,8 +24,11 @@ PANELS = {
     "platform": "Platform",
     "server": "Server",
 }
-_OTHER, _OFF = "__other", "__off"  # behind a setting's name: parameters of its other spellings
-ACCEPTED = ("disable_log_requests", "enable_chunked_prefill")  # old spellings that change nothing here
+_OTHER, _OFF, _AWAITED = "__other", "__off", "__awaited"  # behind a setting's name: parameters of its other spellings
+
+# Old spellings that change nothing here, since what they ask for is how Fairlead is.
+ACCEPTED = ("disable_log_requests", "disable_log_stats", "enable_chunked_prefill", "enforce_eager", "no_ui")
+ENABLE_METRICS = "enable_metrics"  # an old spelling of --metrics-compat vllm-legacy
 
 
 def server_settings() -> list[Setting]:
@@ -37,8 +41,12 @@ def with_options(settings: Iterable[Setting]) -> Callable[[Callable[..., None]],
 
     An option that was not given is None, so that the layers below show through.
     """
+    settings = list(settings)
     parameters = [parameter for setting in settings for parameter in _options(setting)]
     parameters += [_flag(name, "Accepted; it changes nothing.", hidden=True) for name in ACCEPTED]
+    parameters += _awaited_options({setting.name for setting in settings})
+    if any(setting.name == "metrics_compat" for setting in settings):
+        parameters.append(_flag(ENABLE_METRICS, "The same as --metrics-compat vllm-legacy.", hidden=True))
     parameters.append(
         _parameter("config", str | None, typer.Option(None, help="YAML file of settings.", metavar="FILE"))
     )
@@ -54,6 +62,45 @@ def with_options(settings: Iterable[Setting]) -> Callable[[Callable[..., None]],
     return decorate
 
 
+def spread_lists(arguments: list[str]) -> list[str]:
+    """Repeats a flag that takes a list before each of the values that follow it, as argparse would read them.
+
+    A value may also be a JSON list. Only behind the command's first argument: before it, a value might be that.
+    """
+    flags = {
+        f"--{name.replace('_', '-')}"
+        for setting in (*engine_settings(), *server_settings())
+        if get_origin(_base_type(setting.type)) is tuple
+        for name in (setting.name, *setting.aliases)
+    }
+    greedy = len(arguments) > 1 and not arguments[1].startswith("-")
+    found: list[str] = []
+    flag, is_first = None, True
+    for argument in arguments:
+        if argument.startswith("-"):
+            flag, is_first = argument if argument in flags else None, True
+            found.append(argument)
+        elif flag is None or not (is_first or greedy):
+            flag = None
+            found.append(argument)
+        else:
+            for value in _listed(argument):
+                found += [value] if is_first else [flag, value]
+                is_first = False
+    return found
+
+
+def _listed(argument: str) -> list[str]:
+    if argument.startswith("["):
+        try:
+            values = json.loads(argument)
+        except ValueError:
+            return [argument]
+        if isinstance(values, list) and all(isinstance(value, str) for value in values):
+            return values
+    return [argument]
+
+
 def _options(setting: Setting) -> Iterator[inspect.Parameter]:
     """The option of a setting, and its other spellings, which help does not list: each name stands there whole."""
     base = _base_type(setting.type)
@@ -63,7 +110,8 @@ def _options(setting: Setting) -> Iterator[inspect.Parameter]:
     if base is bool:
         help += f" On unless --no-{flag}." if setting.default else ""
     elif setting.default not in (None, ()):
-        help += f" Default: {setting.default}."
+        shown = ", ".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+        help += f" Default: {shown}."
     environment = f"FAIRLEAD_{setting.name.upper()}"
     panel = PANELS[setting.section]
     yield _parameter(
@@ -76,6 +124,17 @@ def _options(setting: Setting) -> Iterator[inspect.Parameter]:
         yield _parameter(f"{setting.name}{_OTHER}{i}", kind, option)
     if base is bool:
         yield _parameter(f"{setting.name}{_OFF}", bool, typer.Option(False, f"--no-{flag}", hidden=True))
+
+
+def _awaited_options(settings: set[str]) -> Iterator[inspect.Parameter]:
+    """Options that are refused in one line, unless they ask for what is anyway."""
+    for awaited in AWAITED:
+        if awaited.name not in settings:
+            flags = [f"--{awaited.name.replace('_', '-')}", *([f"-{awaited.short}"] if awaited.short else [])]
+            kind = bool if isinstance(awaited.neutral, bool) else str | None
+            default = False if kind is bool else None
+            help = f"Waits for {awaited.feature}."
+            yield _parameter(f"{awaited.name}{_AWAITED}", kind, typer.Option(default, *flags, help=help, hidden=True))
 
 
 def _flag(name: str, help: str, *, hidden: bool) -> inspect.Parameter:
@@ -113,8 +172,12 @@ def gather(options: Mapping[str, Any], *, positional_model: str | None) -> Setti
     """Lays the command line and the environment over the file of --config. Raises ConfigError."""
     known = [*engine_settings(), *server_settings()]
     sections = {setting.name: setting.section for setting in known}
+    for awaited in AWAITED:
+        awaited.check(options.get(f"{awaited.name}{_AWAITED}") or None)
     path = options.get("config")
     values = {} if path is None else _read_file(Path(path), known)
+    if options.get(ENABLE_METRICS):
+        values["metrics_compat"] = "vllm-legacy"
     for key, given in options.items():  # the other spellings of a setting come behind it
         name, _, _ = key.partition(_OTHER)
         if name in sections and given is not None and given != []:
@@ -142,9 +205,14 @@ def _read_file(path: Path, known: list[Setting]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path} must hold a mapping of settings, such as 'port: 8080'")
     homes = {name: setting for setting in known for name in (setting.name, *setting.aliases)}
+    awaited = {item.name: item for item in AWAITED if item.name not in homes}
     values = {}
     for key, value in loaded.items():
-        setting = homes.get(str(key).replace("-", "_"))
+        name = str(key).replace("-", "_")
+        if name in awaited:
+            awaited[name].check(value)
+            continue
+        setting = homes.get(name)
         if setting is None:
             raise ConfigError(f"--config {path}: there is no setting {key!r}; `fairlead serve --help` lists them")
         try:

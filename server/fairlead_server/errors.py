@@ -7,8 +7,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from fairlead.errors import ContextLengthError, EngineDeadError, RequestError
+from fairlead.errors import ContextLengthError, DeadlineError, EngineDeadError, RequestError
 
+RETRY_AFTER_S = 1
 _MAX_MESSAGE_CHARS = 500  # what a client sent is echoed in part only
 CLIENT_CLOSED_REQUEST = 499  # nobody reads it; it is for the log
 
@@ -26,15 +27,22 @@ class ApiError(Exception):
         type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.type, self.param, self.code = status, type, param, code
+        self.headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
 
     @property
     def body(self) -> dict[str, object]:
         """The envelope."""
         message = str(self)[:_MAX_MESSAGE_CHARS].encode("utf-8", "replace").decode()
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def envelope(error: ApiError) -> Response:
+    """The error as a whole answer."""
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
 class ClientDisconnectedError(Exception):
@@ -48,6 +56,16 @@ def model_not_found(name: str) -> ApiError:
     )
 
 
+def overloaded(message: str) -> ApiError:
+    """The error of a request that finds the queue full, or that waited in it for too long."""
+    return ApiError(429, message, type="rate_limit_error", code="overloaded", retry_after_s=RETRY_AFTER_S)
+
+
+def unavailable(message: str) -> ApiError:
+    """The error of a server that takes no requests any more; another one may."""
+    return ApiError(503, message, type="service_unavailable_error", retry_after_s=RETRY_AFTER_S)
+
+
 def as_api_error(error: Exception) -> ApiError:
     """The error as a client may see it; what is not meant for clients is logged and becomes a bare 500."""
     match error:
@@ -58,7 +76,11 @@ def as_api_error(error: Exception) -> ApiError:
         case RequestError():
             return ApiError(400, str(error), param=error.param)
         case EngineDeadError():
-            return ApiError(503, "The engine has ended; the server is about to stop.", type="service_unavailable_error")
+            return unavailable("The engine has ended; the server is about to stop.")
+        case DeadlineError(queued=True):
+            return overloaded(str(error))
+        case DeadlineError():
+            return ApiError(504, str(error), type="timeout_error", code="request_timeout")
         case RequestValidationError():
             return _from_validation(error)
         case HTTPException():
@@ -73,14 +95,12 @@ def install(app: FastAPI) -> None:
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code in (404, 405):
             return _no_route(request, error)
-        known = as_api_error(error)
-        headers = error.headers if isinstance(error, HTTPException) else None
-        return JSONResponse(known.body, status_code=known.status, headers=headers)
+        return envelope(as_api_error(error))
 
     async def gone(request: Request, error: Exception) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    for kind in (ApiError, RequestError, EngineDeadError, RequestValidationError, HTTPException):
+    for kind in (ApiError, RequestError, DeadlineError, EngineDeadError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
     app.add_exception_handler(ClientDisconnectedError, gone)
 
@@ -104,11 +124,9 @@ def _from_validation(error: RequestValidationError) -> ApiError:
     """One sentence per cause, without what the client sent. A field that allows several types has several causes."""
     causes = error.errors()
     first = causes[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}.")
     field = next((part for part in first["loc"][1:] if isinstance(part, str)), None)
     if field is None:
-        return ApiError(400, "The body must be a JSON object, sent with Content-Type: application/json.")
+        return ApiError(400, "The body must be a JSON object.")
     same = [cause for cause in causes if field in cause["loc"][:2]]
     reasons = dict.fromkeys(_sentence(cause["msg"]) for cause in same[:4])
     return ApiError(400, f"{field}: {', or '.join(reasons)}", param=field)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from fairlead.errors import RequestError
 from fairlead.request import MAX_LOGPROBS, SamplingParams
+from fairlead.tokenization.chat_template import ChatOptions
 from fairlead_server.structured import structured_outputs
 from fairlead_server.unsupported import refuse_unsupported
 
@@ -54,6 +55,7 @@ def _whole_characters(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
 Temperature = Annotated[float | None, Field(ge=0, le=2)]
+RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 
 
 class _Body(BaseModel):
@@ -102,6 +104,11 @@ class GenerationBody(_Body):
     spaces_between_special_tokens: bool | None = None
     cache_salt: Text | None = None
     add_special_tokens: bool | None = None
+    echo: bool | None = None
+    request_id: RequestId | None = None
+    priority: Annotated[int | None, Field(ge=-(2**31), lt=2**31)] = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     def check(self) -> None:
         """Raises RequestError on fields that contradict each other or that the engine cannot honour."""
@@ -137,7 +144,6 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions."""
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    echo: bool | None = None
     logprobs: int | None = None
 
     @property
@@ -181,27 +187,59 @@ class ChatMessage(_Body):
         return {"role": self.role, **(self.model_extra or {}), "content": self.content}
 
 
-class ChatBody(GenerationBody):
-    """POST /v1/chat/completions."""
+class ChatPromptBody(_Body):
+    """How a chat becomes a prompt; what chat completions and /tokenize share."""
 
     messages: list[ChatMessage]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
+    include_reasoning: bool | None = None
+    add_special_tokens: bool | None = None
+
+    def chat_options(self) -> ChatOptions:
+        """How to render the messages. Raises RequestError on fields that contradict each other."""
+        if not self.messages:
+            raise RequestError("messages must hold at least one message", param="messages")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise RequestError(
+                "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+            )
+        variables = dict(self.chat_template_kwargs or {})
+        for name in ("documents", "reasoning_effort"):
+            if (value := getattr(self, name)) is not None:
+                variables[name] = value
+        return ChatOptions(
+            add_generation_prompt=not self.continue_final_message and self.add_generation_prompt is not False,
+            continue_final_message=bool(self.continue_final_message),
+            template_kwargs=variables,
+            add_special_tokens=bool(self.add_special_tokens),
+        )
+
+    @property
+    def final_text(self) -> str:
+        """The text of the last message if it is the assistant's, as `echo` gives it back."""
+        last = self.messages[-1]
+        if last.role != "assistant" or last.content is None:
+            return ""
+        return last.content if isinstance(last.content, str) else "\n".join(str(p.get("text")) for p in last.content)
+
+
+class ChatBody(ChatPromptBody, GenerationBody):
+    """POST /v1/chat/completions."""
+
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    add_generation_prompt: bool | None = None
 
     def check(self) -> None:
         super().check()
-        if not self.messages:
-            raise RequestError("messages must hold at least one message", param="messages")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_LOGPROBS:
             raise RequestError(f"top_logprobs must be from 0 to {MAX_LOGPROBS}", param="top_logprobs")
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
-        if self.add_special_tokens:
-            raise RequestError("add_special_tokens=true is not supported for chats", param="add_special_tokens")
-        if (self.model_extra or {}).get("echo"):
-            raise RequestError("echo is not supported by this server for chats", param="echo")
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """How to sample; max_tokens is None, the rest of the context, where the request gave none."""
@@ -210,6 +248,27 @@ class ChatBody(GenerationBody):
         return self._sampling_params(
             defaults, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs
         )
+
+
+class TokenizeBody(ChatPromptBody):
+    """POST /tokenize, with either a text or a chat."""
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: list[ChatMessage] = []
+    return_token_strs: bool | None = None
+
+    def check(self) -> None:
+        """Raises RequestError unless there is exactly one of the two."""
+        if (self.prompt is None) == (not self.messages):
+            raise RequestError("give either prompt or messages", param="prompt")
+
+
+class DetokenizeBody(_Body):
+    """POST /detokenize."""
+
+    model: Text | None = None
+    tokens: list[int]
 
 
 def _ints(values: object) -> Iterator[int]:

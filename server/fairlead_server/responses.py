@@ -28,7 +28,7 @@ def json_response(body: Json) -> Response:
     return Response(encode_json(body), media_type="application/json")
 
 
-def usage(outputs: Iterable[RequestOutput]) -> Json:
+def usage_of(outputs: Iterable[RequestOutput]) -> Json:
     """Token counts; a prompt counts once, however many continuations it has."""
     outputs = list(outputs)
     prompt = sum(len(output.prompt_token_ids) for output in outputs)

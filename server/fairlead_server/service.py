@@ -1,43 +1,73 @@
-"""What every route stands on: the engine, the name it serves, and a group of requests that lives and ends as one."""
+"""What every route stands on: the engine, the names it serves, and a group of requests that lives and ends as one."""
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 
+from fairlead.config import ServerConfig
 from fairlead.engine.async_engine import AsyncEngine, RequestStream
-from fairlead.errors import ContextLengthError
+from fairlead.errors import ContextLengthError, DeadlineError
 from fairlead.request import Request, RequestOutput, SamplingParams
-from fairlead_server.errors import ApiError, ClientDisconnectedError, model_not_found
+from fairlead_server.errors import ApiError, ClientDisconnectedError, model_not_found, overloaded
+from fairlead_server.protocol import GenerationBody
+
+REFUSALS = ("queue_full", "queue_timeout", "draining")  # why a request is not run
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Service:
-    """The engine and the name that it serves."""
+    """The engine, the names that it serves, and how much of it is in use.
+
+    `num_active` counts the HTTP requests in flight that are no probes; once `is_draining` no further one is taken.
+    """
 
     engine: AsyncEngine
-    model_name: str
+    config: ServerConfig
     created: int = field(default_factory=lambda: int(time.time()))
+    num_active: int = 0
+    is_draining: bool = False
+    num_refused: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
 
-    def check_model(self, name: str | None) -> None:
-        """Raises the 404 of a model that is not served; none given means the one there is."""
-        if name is not None and name != self.model_name:
-            raise model_not_found(name)
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return self.config.served_model_name or (self.engine.info.model,)
+
+    def model_name(self, asked: str | None) -> str:
+        """The name that an answer bears. Raises the 404 of a model that is not served; none asked is the first."""
+        if asked is None:
+            return self.model_names[0]
+        if asked not in self.model_names:
+            raise model_not_found(asked)
+        return asked
+
+    def check_room(self, num_requests: int = 1) -> None:
+        """Raises the 429 of a full queue. An empty one takes any one HTTP request, however many prompts it has."""
+        num_waiting, limit = self.engine.num_waiting, self.config.max_queued_requests
+        if num_waiting and num_waiting + num_requests > limit:
+            self.num_refused["queue_full"] += 1
+            raise overloaded(f"The queue is full: {num_waiting} requests wait, at most {limit} may. Try again later.")
+
+    def start(self, requests: list[Request]) -> "Generation":
+        """Hands the requests to the engine, under the deadlines that are set. Raises ApiError if the queue is full."""
+        self.check_room(len(requests))
+        return Generation(self, requests)
 
     def request(
-        self, prompt: list[int], params: SamplingParams, *, default_max_tokens: int | None, salt: str
+        self, prompt: list[int], params: SamplingParams, body: GenerationBody, *, default_max_tokens: int | None
     ) -> Request:
         """Makes the engine's request. `default_max_tokens` holds where params.max_tokens is None, as far as it fits.
 
         Raises RequestError if the model can never run it: prompt and asked max_tokens must fit the context together.
         """
         limit = self.engine.info.max_model_len
-        request = self.engine.request(prompt, params, cache_salt=salt)
+        request = self.engine.request(prompt, params, cache_salt=body.cache_salt or "", priority=body.priority or 0)
         num_prompt = len(request.prompt_token_ids)
         room = limit - num_prompt
         if params.max_tokens is None:
@@ -56,11 +86,17 @@ class Service:
 class Generation:
     """The engine's requests behind one HTTP request, one per prompt. Close it to abort what has not finished."""
 
-    def __init__(self, engine: AsyncEngine, requests: list[Request]) -> None:
+    def __init__(self, service: Service, requests: list[Request]) -> None:
+        self._service = service
         self._streams: list[RequestStream] = []
+        config = service.config
         try:
             for request in requests:
-                self._streams.append(engine.submit(request))
+                self._streams.append(
+                    service.engine.submit(
+                        request, max_queue_s=config.max_queue_time, max_total_s=config.max_request_time
+                    )
+                )
         except BaseException:
             self.close()
             raise
@@ -81,22 +117,17 @@ class Generation:
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Cumulative outputs with the index of their prompt. Raises ApiError if a sequence fails."""
-        tasks = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(self._streams)}
         try:
-            while tasks:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in [task for task in tasks if task.done()]:
-                    i = tasks.pop(task)
-                    output = task.result()
-                    if output.error is not None:
-                        raise ApiError(500, f"The engine failed on this request: {output.error}", type="server_error")
-                    if not output.finished:
-                        tasks[asyncio.ensure_future(anext(self._streams[i]))] = i
-                    yield i, output
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if len(self._streams) == 1:
+                async for output in self._streams[0]:
+                    yield 0, _unless_failed(output)
+            else:
+                async for i, output in _merged(self._streams):
+                    yield i, _unless_failed(output)
+        except DeadlineError as error:
+            if error.queued:
+                self._service.num_refused["queue_timeout"] += 1
+            raise
 
     async def finished(self) -> list[RequestOutput]:
         """The final output of every prompt."""
@@ -109,6 +140,30 @@ class Generation:
         """Aborts what has not finished."""
         for stream in self._streams:
             stream.close()
+
+
+async def _merged(streams: list[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """The outputs of all streams as they come, with the stream's index."""
+    tasks = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while tasks:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in tasks if task.done()]:
+                i = tasks.pop(task)
+                output = task.result()
+                if not output.finished:
+                    tasks[asyncio.ensure_future(anext(streams[i]))] = i
+                yield i, output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _unless_failed(output: RequestOutput) -> RequestOutput:
+    if output.error is not None:
+        raise ApiError(500, f"The engine failed on this request: {output.error}", type="server_error")
+    return output
 
 
 async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import AsyncGenerator, Callable
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -12,8 +13,11 @@ from fairlead_server.errors import as_api_error
 from fairlead_server.responses import encode_json
 from fairlead_server.service import Generation, disconnected
 
+STALL_S = 60.0  # how long a client may take nothing of what stands ready for it
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
+
+logger = logging.getLogger("fairlead.server")
 
 
 def event(chunk: object) -> bytes:
@@ -35,7 +39,8 @@ class EventStream(Response):
         self._chunks, self._generation = chunks, generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self._send(send))
+        abort = scope.get("state", {}).get("abort_connection")
+        sending = asyncio.ensure_future(self._send(send, abort))
         gone = asyncio.ensure_future(disconnected(Request(scope, receive)))
         try:
             await asyncio.wait([sending, gone], return_when=asyncio.FIRST_COMPLETED)
@@ -46,13 +51,19 @@ class EventStream(Response):
             with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the client left while we sent
                 await sending
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, abort: Callable[[], None] | None) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async with contextlib.aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": event(chunk), "more_body": True})
+                    async with asyncio.timeout(STALL_S):
+                        await send({"type": "http.response.body", "body": event(chunk), "more_body": True})
             last = DONE
+        except TimeoutError:  # it takes nothing more, so it can be told nothing either
+            logger.warning("a client took nothing of its stream for %g s; its request is aborted", STALL_S)
+            if abort is not None:
+                abort()
+            return
         except Exception as error:
             last = event(as_api_error(error).body)
         await send({"type": "http.response.body", "body": last})

@@ -11,17 +11,18 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 import uvicorn
 
-from fairlead.config import EngineConfig
+from fairlead.config import EngineConfig, ServerConfig
 from fairlead.engine import connection
 from fairlead.engine.async_engine import AsyncEngine
 from fairlead_server.app import create_app
+from fairlead_server.serve import uvicorn_config
 
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 FAKE_ENGINE = (sys.executable, "-P", str(Path(__file__).with_name("fake_engine.py")))
@@ -96,8 +97,8 @@ def descendants(pid: int) -> set[int]:
 class ServerInThread:
     """The application over the fake engine, on a real port of this process."""
 
-    def __init__(self, **settings: object) -> None:
-        self._settings = settings
+    def __init__(self, server: ServerConfig, **settings: object) -> None:
+        self._server, self._settings = server, settings
         self._started = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -107,7 +108,9 @@ class ServerInThread:
 
     async def _run(self) -> None:
         self.engine = await AsyncEngine.start(EngineConfig.of(model="demo", **self._settings))
-        self._http = uvicorn.Server(uvicorn.Config(create_app(self.engine), log_config=None, lifespan="off"))
+        self.app = app = create_app(self.engine, self._server)
+        self.service = app.state.service
+        self._http = uvicorn.Server(uvicorn_config(app, self._server))
         self._started.set()
         await self._http.serve(sockets=[self._listener])
         await self.engine.shutdown()
@@ -120,10 +123,10 @@ class ServerInThread:
 
 
 @contextmanager
-def server_in_thread(**settings: object) -> Iterator[ServerInThread]:
+def server_in_thread(server_config: ServerConfig | None = None, **settings: object) -> Iterator[ServerInThread]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection, "COMMAND", FAKE_ENGINE)
-        server = ServerInThread(**settings)
+        server = ServerInThread(server_config or ServerConfig(), **settings)
     try:
         yield server
     finally:
@@ -141,6 +144,12 @@ def fake_server() -> Iterator[ServerInThread]:
 def client(fake_server: ServerInThread) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=fake_server.url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., AbstractContextManager[ServerInThread]]:
+    """Makes a server over a fake engine of its own: `with serving(ServerConfig(...), max_num_seqs=1) as server`."""
+    return server_in_thread
 
 
 @pytest.fixture
@@ -219,9 +228,21 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
 
 
 @pytest.fixture(scope="module")
-def module_server() -> Iterator[ServerProcess]:
+def start_module_server() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts a `fairlead serve` that the tests of a module share; it must end well when they have."""
+    started: list[ServerProcess] = []
+
+    def start(*arguments: str) -> ServerProcess:
+        started.append(ServerProcess(*arguments))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.process.terminate()
+        assert server.wait(60) == 0, server.stderr
+
+
+@pytest.fixture(scope="module")
+def module_server(start_module_server: Callable[..., ServerProcess]) -> ServerProcess:
     """One `fairlead serve demo` for the tests of a module."""
-    server = ServerProcess("demo", "--port", "0")
-    yield server
-    server.process.terminate()
-    assert server.wait(60) == 0, server.stderr
+    return start_module_server("demo", "--port", "0")

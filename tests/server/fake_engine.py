@@ -38,9 +38,10 @@ class Running:
 class FakeEngine:
     """Each step gives every sequence its prompt's next token, over and over."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, step_s: float = STEP_S) -> None:
+        self._step_s = step_s
         self.info = EngineInfo(
-            model=config.model.served_model_name or config.model.model,
+            model=config.model.model,
             platform="fake",
             device="fake:0",
             attention_backend="none",
@@ -54,28 +55,42 @@ class FakeEngine:
             kv_cache_bytes=0,
         )
         self._running: list[Running] = []
+        self._waiting: list[Request] = []
+        self._started: list[str] = []
+        self._max_num_seqs = config.scheduler.max_num_seqs
         self._num_prompt_tokens = self._num_generation_tokens = self._num_steps = 0
+        self._num_scheduled_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running)
+        return bool(self._running or self._waiting)
 
     def add_request(self, request: Request) -> None:
         if request.prompt_token_ids[0] == REJECT:
             raise errors.RequestError("the fake engine takes no such prompt", param="prompt")
-        self._num_prompt_tokens += len(request.prompt_token_ids)
-        self._running += [Running(request, index) for index in range(request.params.num_sequences)]
+        self._waiting.append(request)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         self._running = [r for r in self._running if r.request.request_id != request_id or index not in (None, r.index)]
+        self._waiting = [r for r in self._waiting if r.request_id != request_id]
 
     def step(self) -> list[SequenceDelta]:
-        time.sleep(STEP_S)
+        time.sleep(self._step_s)
         self._num_steps += 1
+        while self._waiting and len(self._running) + self._waiting[0].params.num_sequences <= self._max_num_seqs:
+            request = self._waiting.pop(0)
+            self._started.append(request.request_id)
+            self._num_prompt_tokens += len(request.prompt_token_ids)
+            self._running += [Running(request, index) for index in range(request.params.num_sequences)]
+        self._num_scheduled_tokens += len(self._running)
         deltas = [self._advance(running) for running in self._running]
         ended = {(d.request_id, d.index) for d in deltas if d.finish_reason is not None}
         self._running = [r for r in self._running if (r.request.request_id, r.index) not in ended]
         return deltas
+
+    def take_started(self) -> list[str]:
+        started, self._started = self._started, []
+        return started
 
     def take_rejected(self) -> list[tuple[str, errors.RequestError]]:
         return []
@@ -116,10 +131,12 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             num_requests_running=len({r.request.request_id for r in self._running}),
+            num_requests_waiting=len(self._waiting),
             kv_cache_usage=min(len(self._running) / NUM_BLOCKS, 1.0),
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
             num_steps=self._num_steps,
+            num_scheduled_tokens=self._num_scheduled_tokens,
         )
 
     def close(self) -> None:
@@ -133,10 +150,13 @@ def some_logprobs(token_id: int, num_best: int, value: float) -> TokenLogprobs:
 
 
 def load(config: EngineConfig) -> FakeEngine:
-    """`revision` may name an exception to raise, or "sleep" or "die"."""
+    """`revision` may name an exception to raise, or "slow" (steps), "sleep" or "die"."""
     match config.model.revision:
         case None:
-            return FakeEngine(config)
+            step_s = float(sys.argv[1]) / 1000 if len(sys.argv) > 1 else STEP_S  # benchmarks ask for less
+            return FakeEngine(config, step_s=step_s)
+        case "slow":
+            return FakeEngine(config, step_s=0.1)
         case "sleep":
             time.sleep(3600)
         case "die":

@@ -1,6 +1,7 @@
 """The command line: exit statuses, one line per error, layers of settings, and what is imported."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -18,7 +19,7 @@ from fairlead.config import ServerConfig, engine_settings, settings_of
 from fairlead.errors import ConfigError
 from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_server import cli
-from fairlead_server.cli_options import ACCEPTED, gather
+from fairlead_server.cli_options import ACCEPTED, gather, spread_lists
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -64,6 +65,20 @@ def no_serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         (["run", "demo", "--max-tokens", "x"], "--max-tokens"),
         (["run", "demo", "hi", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
         (["platforms", "--port", "1"], "--port"),
+        (["api_server_benchmark", "--backend", "x"], "`fairlead bench serve`"),
+        (["serve", "demo", "-tp", "2"], "tensor_parallel_size='2': parallelism above 1 is not there yet"),
+        (["serve", "demo", "--pipeline-parallel-size=4"], "parallelism above 1 is not there yet"),
+        (["serve", "demo", "--enable-lora", "--max-loras", "4"], "serving of LoRA adapters is not there yet"),
+        (["serve", "demo", "--speculative-model", "x", "--num-speculative-tokens", "5"], "speculative decoding is not"),
+        (["serve", "demo", "--speculative-config", '{"method": "ngram"}'], "speculative decoding is not there yet"),
+        (["serve", "demo", "--enable-sleep-mode"], "sleep mode is not there yet"),
+        (["serve", "demo", "--trust-remote-code"], "running code of a checkpoint is not there yet"),
+        (["serve", "demo", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"], "tool calling is not there"),
+        (["serve", "demo", "--ssl-keyfile", "x"], "need ssl_certfile"),
+        (["serve", "demo", "--ssl-certfile", "/nowhere.pem"], "ssl_certfile /nowhere.pem cannot be used"),
+        (["serve", "demo", "--metrics-compat", "x"], "metrics_compat must be one of none, vllm, vllm-legacy"),
+        (["serve", "demo", "--max-queued-requests", "0"], "max_queued_requests must be at least 1"),
+        (["serve", "demo", "--api-key-file", "/nowhere"], "api_key_file /nowhere cannot be read"),
     ],
 )
 def test_a_wrong_command_line_is_2(capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str) -> None:
@@ -302,3 +317,66 @@ def test_the_module_serves_like_the_command() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "port must be from 0 to 65535" in done.stderr
+
+
+def test_neutral_values_of_what_is_not_there_yet_pass(
+    capsys: pytest.CaptureFixture[str], no_serving: list[Any]
+) -> None:
+    flags = "-tp 1 --pipeline-parallel-size 1 --kv-cache-dtype auto --tokenizer-mode auto --no-ui"
+    assert invoke(capsys, "serve", "demo", *flags.split())[0] == 0
+    assert len(no_serving) == 1
+
+
+def test_lists_are_taken_as_the_guides_write_them(capsys: pytest.CaptureFixture[str], no_serving: list[Any]) -> None:
+    names = ["--served-model-name", "a", "b"]
+    assert invoke(capsys, "serve", "demo", *names, "--allowed-origins", '["*"]', "--api-key", "k1", "k2")[0] == 0
+    [(engine, server)] = no_serving
+    assert engine.model.model == "demo"
+    assert (server.served_model_name, server.cors_origins, server.api_key) == (("a", "b"), ("*",), ("k1", "k2"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("serve demo --cors-origins x y --port 1", "serve demo --cors-origins x --cors-origins y --port 1"),
+        ("serve --cors-origins x demo", "serve --cors-origins x demo"),
+        ("serve demo --cors-origins --port 1", "serve demo --cors-origins --port 1"),
+        ("serve demo --port 1 2", "serve demo --port 1 2"),
+    ],
+)
+def test_a_list_ends_at_the_next_flag(arguments: str, expected: str) -> None:
+    assert spread_lists(arguments.split()) == expected.split()
+
+
+def test_enable_metrics_is_the_legacy_set(capsys: pytest.CaptureFixture[str], no_serving: list[Any]) -> None:
+    assert invoke(capsys, "serve", "demo", "--enable-metrics")[0] == 0
+    assert no_serving[0][1].metrics_compat == "vllm-legacy"
+
+
+def test_secrets_come_from_the_environment_and_show_nowhere(
+    capsys: pytest.CaptureFixture[str], no_serving: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIRLEAD_API_KEY", "s3cret other")
+    assert invoke(capsys, "serve", "demo")[0] == 0
+    assert no_serving[0][1].api_key == ("s3cret", "other")
+    assert "s3cret" not in repr(no_serving)
+    code, out, err = invoke(capsys, "serve", "demo", "--port", "x", "--debug")
+    assert code == 2
+    assert "s3cret" not in out + err
+
+
+def test_completion_for_the_shell() -> None:
+    """What --install-completion puts in place asks the program itself, by these variables."""
+    for variables, expected in (
+        ({"_FAIRLEAD_COMPLETE": "source_bash"}, "complete -o default -F"),
+        ({"_FAIRLEAD_COMPLETE": "complete_bash", "COMP_WORDS": "fairlead ser", "COMP_CWORD": "1"}, "serve"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "fairlead_server.cli"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **variables},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert expected in done.stdout

@@ -123,6 +123,27 @@ def test_errors_are_the_clients_own_types(client: openai.OpenAI, server: str) ->
     assert malformed.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logits_processors": ["os.system"]},
+        {"structured_outputs": {"regex": "("}},
+        {"structured_outputs": {"regex": "(" * 30_000 + ")" * 30_000}},
+        {"structured_outputs": {"grammar": "root ::= nothing"}},
+        {"structured_outputs": {"choice": [str(i) for i in range(100_000)]}},
+        {"guided_json": {"$ref": "#"}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}},
+    ],
+    ids=["code", "regex", "parens", "grammar", "choices", "recursion", "schema"],
+)
+def test_what_only_the_engine_can_judge_is_400_on_every_route(server: str, fields: dict[str, Any]) -> None:
+    for path, prompt in (("completions", {"prompt": "Hi"}), ("chat/completions", {"messages": CHAT})):
+        response = httpx.post(f"{server}/v1/{path}", json={**prompt, "max_tokens": 3, **fields}, timeout=60)
+        assert response.status_code == 400, response.text
+        assert len(response.content) < 1500
+    assert httpx.post(f"{server}/v1/completions", json={"prompt": "Hi", "max_tokens": 5}, timeout=60).status_code == 200
+
+
 def test_a_tenth_of_a_second_is_enough_for_health_while_busy(server: str, client: openai.OpenAI) -> None:
     stream = client.completions.create(model="demo", prompt="ROMEO:", max_tokens=100, stream=True)
     next(iter(stream))
@@ -173,11 +194,14 @@ def test_sigterm_finishes_what_runs_and_leaves_no_child(
     assert len(engine) == 1
     assert b"GOMP_SPINCOUNT=" in Path(f"/proc/{min(engine)}/environ").read_bytes()  # what the platform asks for
     assert httpx.get(f"{url}/health").status_code == 200
-    body = {"prompt": "ROMEO:", "max_tokens": 60, "stream": True, "ignore_eos": True}
+    body = {"prompt": "ROMEO:", "max_tokens": 400, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGTERM)
+        assert until(lambda: httpx.get(f"{url}/health/ready").status_code == 503, 5)
+        assert httpx.post(f"{url}/v1/completions", json=body).json()["error"]["type"] == "service_unavailable_error"
+        assert httpx.get(f"{url}/health/live").status_code == 200
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert server.wait(30) == 0
     assert not any(map(alive, engine))
@@ -254,3 +278,33 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_1(tmp_path: Any) -> None:
     assert "NoSuchModel" in done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_what_outlasts_the_shutdown_timeout_is_told_and_cut_off(
+    start_server: Callable[..., Any], alive: Callable[[int], bool]
+) -> None:
+    server = start_server("demo", "--port", "0", "--shutdown-timeout", "0.3")
+    url = server.wait_for_url(START_S)
+    engine = server.engine_pids()
+    body = {"prompt": "ROMEO:", "max_tokens": 900, "n": 16, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
+    assert server.wait(30) == 0
+    assert "did not end in time" in server.stderr
+    assert not any(map(alive, engine))
+
+
+def test_a_unix_socket_serves(start_server: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    server = start_server("demo", "--uds", str(path))
+    server.wait_for_url(START_S)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=60) as client:
+        answer = client.post("/v1/completions", json={"prompt": "ROMEO:", "max_tokens": 3})
+        assert answer.json()["usage"]["completion_tokens"] == 3
+    server.process.terminate()
+    assert server.wait(30) == 0
+    assert not path.exists()

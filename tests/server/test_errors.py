@@ -64,18 +64,27 @@ def test_a_wrong_method_is_405(client: httpx.Client, method: str, path: str) -> 
         b"\xff\xfe",
         b"[" * 5000,
         b'{"seed": ' + b"1" * 5000 + b"}",
+        b'{"prompt": "x", "unknown": ' + b"[" * 1000 + b"]" * 1000 + b"}",
+        b'{"prompt": "x", "unknown": NaN}',
+        b'{"prompt": "x", "temperature": Infinity}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "x", "stop": "\\ud800"}',
     ],
-    ids=["empty", "cut", "words", "array", "string", "null", "no UTF-8", "nested", "5000 digits"],
+    ids=[
+        *("empty", "cut", "words", "array", "string", "null", "no UTF-8", "nested", "5000 digits", "deep"),
+        *("NaN", "Infinity", "1e999", "surrogate", "surrogate in a field"),
+    ],
 )
 def test_a_body_that_is_no_json_object_is_400(client: httpx.Client, path: str, content: bytes) -> None:
     envelope(client.post(path, content=content, headers={"content-type": "application/json"}), 400)
 
 
 @POSTS
-def test_a_body_of_another_content_type_is_400(client: httpx.Client, path: str) -> None:
-    error = envelope(client.post(path, content=json.dumps(BODIES[path]).encode()), 400)
+def test_a_body_of_another_content_type_is_415(client: httpx.Client, path: str) -> None:
+    error = envelope(client.post(path, content=json.dumps(BODIES[path]).encode()), 415)
     assert "application/json" in error["message"]
-    envelope(client.post(path, data={"prompt": "x"}), 400)
+    envelope(client.post(path, data={"prompt": "x"}), 415)
 
 
 @POSTS
@@ -91,12 +100,9 @@ def test_a_body_of_another_content_type_is_400(client: httpx.Client, path: str) 
         ("n", 10**9),
         ("temperature", -0.1),
         ("temperature", 2.1),
-        ("temperature", float("nan")),
-        ("temperature", float("inf")),
         ("temperature", "hot"),
         ("top_p", 0),
         ("top_p", 1.01),
-        ("top_p", float("nan")),
         ("top_k", -2),
         ("top_k", 2**70),
         ("min_p", 1.5),
@@ -104,15 +110,12 @@ def test_a_body_of_another_content_type_is_400(client: httpx.Client, path: str) 
         ("stop", ""),
         ("stop", ["x"] * 10_000),
         ("stop", [1]),
-        ("stop", "\ud800"),
         ("stop_token_ids", [-1]),
         ("stop_token_ids", [2**70]),
         ("stop_token_ids", [1.5]),
         ("stream", "yes"),
         ("stream_options", {"include_usage": True}),
         ("stream_options", 1),
-        ("cache_salt", "\ud800"),
-        ("model", "\ud800"),
         ("model", 3),
     ],
 )
@@ -171,7 +174,6 @@ def test_an_unknown_model_of_the_list_is_404(client: httpx.Client) -> None:
         [-1],
         [5000],
         [10**30],
-        "\ud800",
         ["x"] * 2000,
     ],
     ids=repr,

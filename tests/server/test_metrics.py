@@ -6,6 +6,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from fairlead.config import ServerConfig
+from fairlead_server.metrics import SERIES, Rates
+
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = (
     "num_preemptions",
@@ -60,3 +63,62 @@ def test_counts_are_exact(client: httpx.Client, until: Any) -> None:
     assert grown("vllm:request_success_total", "stop") == 1
     assert until(lambda: samples(client)["fairlead:num_requests_running", None] == 0)
     assert samples(client)["vllm:kv_cache_usage_perc", None] == 0
+
+
+def test_every_series_of_the_table_is_exposed_under_its_prefixes(serving: Any) -> None:
+    current = {series.name for series in SERIES if not series.is_legacy}
+    legacy = {series.name for series in SERIES if series.is_legacy}
+    for compat, own, vllm in (
+        ("none", current, set()),
+        ("vllm", current, current),
+        ("vllm-legacy", current, current | legacy),
+    ):
+        with serving(ServerConfig(metrics_compat=compat)) as server:
+            families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+            names = {family.name for family in families if family.samples}
+        assert {name.removeprefix("fairlead:") for name in names if name.startswith("fairlead:")} == own
+        assert {name.removeprefix("vllm:") for name in names if name.startswith("vllm:")} == vllm
+        assert len(names) == len(own) + len(vllm)
+
+
+def test_histograms_count_each_request_once(serving: Any, until: Any) -> None:
+    with serving() as server, httpx.Client(base_url=server.url) as client:
+        for size in (1, 5, 9):
+            body = {"prompt": [300] * size, "max_tokens": 4, "ignore_eos": True, "n": 2}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        with client.stream("POST", "/v1/completions", json={"prompt": [300], "max_tokens": 200, "stream": True}) as cut:
+            next(cut.iter_lines())
+        assert until(lambda: samples(client)["fairlead:request_success_total", "abort"] == 1)
+        found = samples(client)
+        for prefix in ("fairlead:", "vllm:"):
+            for name, total in (
+                ("request_prompt_tokens", 15),
+                ("request_generation_tokens", 24),
+                ("request_params_n", 6),
+                ("request_params_max_tokens", 12),
+            ):
+                assert (found[f"{prefix}{name}_count", None], found[f"{prefix}{name}_sum", None]) == (3, total)
+            for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
+                assert found[f"{prefix}{name}_seconds_count", None] == 3
+                assert found[f"{prefix}{name}_seconds_sum", None] >= 0
+        parts = ("request_prefill_time_seconds", "request_decode_time_seconds")
+        inference = found["fairlead:request_inference_time_seconds_sum", None]
+        assert sum(found[f"fairlead:{part}_sum", None] for part in parts) == pytest.approx(inference, abs=0.2)
+        assert found["fairlead:inter_token_latency_seconds_count", None] >= 3 * 3
+        steps = server.engine.stats
+        assert found["fairlead:iteration_tokens_total_sum", None] == steps.num_scheduled_tokens
+        assert found["fairlead:iteration_tokens_total_count", None] == steps.num_steps
+
+
+def test_the_legacy_rates_fall_back_to_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("fairlead_server.metrics.time.monotonic", lambda: now)
+    rates = Rates()
+    now = 105.0
+    assert rates.read(50, 100) == (10, 20)
+    now = 110.0
+    assert rates.read(100, 100) == (10, 10)
+    now = 130.0
+    rates.read(100, 100)
+    now = 140.0
+    assert rates.read(100, 100) == (0, 0)

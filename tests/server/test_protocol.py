@@ -123,8 +123,8 @@ def test_a_neutral_value_passes(name: str, value: object) -> None:
 
 def test_a_number_is_no_boolean() -> None:
     with pytest.raises(RequestError):
-        refuse_unsupported({"priority": False})
-    refuse_unsupported({"priority": 0.0})
+        refuse_unsupported({"suffix": False})
+    refuse_unsupported({"suffix": ""})
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,9 @@ def test_a_number_is_no_boolean() -> None:
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [5, 1024]}, "allowed_token_ids"),
         ({"bad_words": [""]}, "bad_words"),
+        ({"priority": 1}, "priority"),
+        ({"priority": 2**31}, "priority"),
+        ({"priority": False}, "priority"),
         ({"logits_processors": [{"qualname": "os.system"}]}, "logits_processors"),
     ],
 )
@@ -171,8 +174,13 @@ def test_the_completions_route_refuses(client: httpx.Client, fields: dict[str, A
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
-        ({"echo": True}, "echo"),
-        ({"add_special_tokens": True}, "add_special_tokens"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"return_dict": True}}, "chat_template_kwargs"),
+        ({"chat_template": "{{ ''.__class__.__mro__ }}"}, "chat_template"),
+        ({"reasoning_effort": "utmost"}, "reasoning_effort"),
+        ({"documents": "text"}, "documents"),
+        ({"request_id": "a b"}, "request_id"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format"),
     ],

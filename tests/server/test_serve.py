@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from fastapi import FastAPI
 
 from fairlead.config import EngineConfig, ServerConfig
 from fairlead.errors import FairleadError
@@ -33,6 +34,6 @@ def test_a_port_that_is_taken_while_the_engine_loads_is_told_too() -> None:
         engine_config = EngineConfig.of(model="demo")
         server_config = ServerConfig(port=port)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("fairlead_server.serve.create_app", lambda engine: other.listen())
+            patch.setattr("fairlead_server.serve.create_app", lambda *_: (other.listen(), FastAPI())[1])
             with pytest.raises(FairleadError, match=f"cannot listen on 127.0.0.1 port {port}"):
                 serve(engine_config, server_config)

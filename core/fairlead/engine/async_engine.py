@@ -15,7 +15,7 @@ from typing import Any
 
 from fairlead import errors
 from fairlead.config import EngineConfig
-from fairlead.engine.connection import EngineConnection, in_thread
+from fairlead.engine.connection import STOP_S, EngineConnection, in_thread
 from fairlead.engine.front_end import FrontEnd
 from fairlead.engine.messages import (
     Abort,
@@ -30,12 +30,15 @@ from fairlead.engine.messages import (
     Stop,
 )
 from fairlead.engine.output_processor import OutputProcessor
-from fairlead.errors import ContextLengthError, EngineDeadError, FairleadError, RequestError
+from fairlead.engine.timeline import EngineObserver as EngineObserver
+from fairlead.engine.timeline import Timeline as Timeline
+from fairlead.errors import ContextLengthError, DeadlineError, EngineDeadError, FairleadError, RequestError
 from fairlead.request import EngineInfo, EngineStats, FinishReason, Request, RequestOutput, SamplingParams
-from fairlead.tokenization.chat_template import ChatPrompt
+from fairlead.tokenization.chat_template import ChatOptions, ChatPrompt
 
 LONG_TEXT_CHARS = 4096  # longer prompts are tokenised in a thread
 HANG_S = 9.0  # silence after which the engine counts as hung; idle it speaks every second, busy after every step
+SLICE_S = 0.01  # how long the engine's messages may be taken in while streams wait for their turn
 _LAST_WORDS_S = 0.2
 
 logger = logging.getLogger("fairlead.engine")
@@ -49,7 +52,9 @@ class RequestStream:
 
     def __init__(self, engine: "AsyncEngine", request: Request) -> None:
         self.request = request
+        self.times = Timeline(arrived=time.monotonic())
         self._engine = engine
+        self._timers: list[asyncio.TimerHandle] = []
         self._latest: RequestOutput | None = None
         self._error: FairleadError | None = None
         self._news = asyncio.Event()
@@ -83,6 +88,27 @@ class RequestStream:
         self._error = error
         self._news.set()
 
+    def _set_timers(self, max_queue_s: float | None, max_total_s: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        if max_queue_s is not None:
+            self._timers.append(loop.call_later(max_queue_s, self._queue_timeout, max_queue_s))
+        if max_total_s is not None:
+            message = f"the request was not finished within {max_total_s:g} s"
+            self._timers.append(loop.call_later(max_total_s, self._expire, DeadlineError(message, queued=False)))
+
+    def _queue_timeout(self, seconds: float) -> None:
+        if self.times.started is None:
+            message = f"the request waited {seconds:g} s without being taken up; try again later"
+            self._expire(DeadlineError(message, queued=True))
+
+    def _expire(self, error: DeadlineError) -> None:
+        self._engine._leave(self.request)
+        self._fail(error)
+
+    def _stop_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
 
 class AsyncEngine:
     """Runs many requests at once on an engine in another process; lives in one event loop.
@@ -92,20 +118,24 @@ class AsyncEngine:
             print(output.outputs[0].text)
         await engine.shutdown()
 
-    `stats` is the engine's last word on itself, `num_ended` counts ended sequences by finish reason, and `dead` is
-    set once the engine has ended (`cause` says why). No request survives that; no new one is taken.
+    `stats` is the engine's last word on itself, `num_ended` counts ended sequences by finish reason, `observer` hears
+    of steps and requests if there is one, and `dead` is set once the engine has ended (`cause` says why). No request
+    survives that; no new one is taken.
     """
 
-    def __init__(self, connection: EngineConnection, info: EngineInfo, front: FrontEnd) -> None:
+    def __init__(self, connection: EngineConnection, config: EngineConfig, info: EngineInfo, front: FrontEnd) -> None:
+        self.config = config
         self.info = info
         self.front_end = front
         self.stats = EngineStats()
+        self.observer: EngineObserver | None = None
         self.num_ended: Counter[FinishReason] = Counter(dict.fromkeys(FinishReason, 0))
         self.dead = asyncio.Event()
         self.cause: str | None = None
         self._connection = connection
         self._outputs = OutputProcessor(front.tokenizer)
         self._streams: dict[str, RequestStream] = {}
+        self._waiting: set[str] = set()
         self._last_message_at = time.monotonic()
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._watch())]
 
@@ -125,7 +155,7 @@ class AsyncEngine:
             for part in parts:
                 if part.done():
                     part.result()
-            return cls(connection, info.result(), front.result())
+            return cls(connection, config, info.result(), front.result())
         except BaseException:
             info.cancel()
             connection.kill()
@@ -147,21 +177,43 @@ class AsyncEngine:
             return self.front_end.encode(text, add_special_tokens=add_special_tokens)
         return await in_thread(lambda: self.front_end.encode(text, add_special_tokens=add_special_tokens))
 
-    async def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> ChatPrompt:
+    async def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions | None = None) -> ChatPrompt:
         """A chat as text and token ids, through the model's template. Raises RequestError."""
-        return await in_thread(
-            lambda: self.front_end.encode_chat(messages, add_generation_prompt=add_generation_prompt)
-        )
+        return await in_thread(lambda: self.front_end.encode_chat(messages, options))
 
-    def request(self, prompt_token_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = "") -> Request:
+    def request(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, cache_salt: str = "", priority: int = 0
+    ) -> Request:
         """Makes a request that the engine can run, under an id of its own. Raises RequestError if it cannot."""
+        if priority and self.config.scheduler.scheduling_policy == "fcfs":
+            message = "the server serves requests in order of arrival; --scheduling-policy priority changes that"
+            raise RequestError(message, param="priority")
         if params.callables:
             message = "the engine runs in another process: logits_processors must be names of entry points"
             raise RequestError(message, param="logits_processors")
-        return self.front_end.request(uuid.uuid4().hex, prompt_token_ids, params, self.info, cache_salt=cache_salt)
+        request_id = uuid.uuid4().hex
+        return self.front_end.request(
+            request_id, prompt_token_ids, params, self.info, cache_salt=cache_salt, priority=priority
+        )
 
-    def submit(self, request: Request, prompt: str | None = None) -> RequestStream:
-        """Starts a request of `request()`; close the stream when done with it. Raises EngineDeadError."""
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were submitted and that no step has taken up yet."""
+        return len(self._waiting)
+
+    def submit(
+        self,
+        request: Request,
+        prompt: str | None = None,
+        *,
+        max_queue_s: float | None = None,
+        max_total_s: float | None = None,
+    ) -> RequestStream:
+        """Starts a request of `request()`; close the stream when done with it. Raises EngineDeadError.
+
+        The stream raises DeadlineError, and the request's blocks are freed, if no step takes the request up within
+        `max_queue_s` or if it is not finished within `max_total_s`.
+        """
         if self.cause is not None:
             raise EngineDeadError(self.cause)
         self._outputs.add(request, prompt)
@@ -172,6 +224,8 @@ class AsyncEngine:
             self._outputs.abort(request.request_id)
             del self._streams[request.request_id]
             raise
+        self._waiting.add(request.request_id)
+        stream._set_timers(max_queue_s, max_total_s)
         return stream
 
     async def generate(
@@ -190,22 +244,26 @@ class AsyncEngine:
         finally:
             stream.close()
 
-    async def shutdown(self) -> None:
-        """Fails what still runs, stops the engine's process and waits for it to end."""
+    async def shutdown(self, wait_s: float = STOP_S) -> None:
+        """Fails what still runs, stops the engine's process and waits for it to end; kills it after `wait_s`."""
         with contextlib.suppress(EngineDeadError):
             self._connection.send(Stop())
         self._die("the engine was shut down")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._connection.close()
+        await self._connection.close(wait_s)
 
     async def _read(self) -> None:
+        slice_end = 0.0
         try:
             while self.cause is None:
-                message = await self._connection.receive()
+                message = await self._connection.receive()  # does not suspend while there are messages
                 self._last_message_at = time.monotonic()
                 self._handle(message)
+                if self._last_message_at >= slice_end:
+                    await asyncio.sleep(0)  # the readers of streams take their turn, and skip what they missed
+                    slice_end = time.monotonic() + SLICE_S
         except Exception as error:  # a fault on this side, or bytes that are no message: nobody may wait for ever
             logger.exception("the front end of the engine failed")
             self._die(f"the front end of the engine failed: {type(error).__name__}: {error}")
@@ -213,10 +271,10 @@ class AsyncEngine:
     def _handle(self, message: FromEngine) -> None:
         match message:
             case Step():
-                self.stats = message.stats
+                self._take_stats(message.stats)
                 self._deliver(message)
             case Heartbeat():
-                self.stats = message.stats
+                self._take_stats(message.stats)
             case Rejected():
                 self._reject(message)
             case Failed():
@@ -230,25 +288,55 @@ class AsyncEngine:
         await asyncio.sleep(_LAST_WORDS_S)  # it may have said why
         self._die(_how_it_ended(status))
 
+    def _take_stats(self, stats: EngineStats) -> None:
+        num_steps = stats.num_steps - self.stats.num_steps
+        if self.observer is not None and num_steps:
+            num_tokens = stats.num_scheduled_tokens - self.stats.num_scheduled_tokens
+            for _ in range(num_steps):  # one, or those that were prepared ahead
+                self.observer.step(num_tokens / num_steps)
+        self.stats = stats
+
     def _deliver(self, step: Step) -> None:
+        now = self._last_message_at
+        for request_id in step.started:
+            self._waiting.discard(request_id)
+            if (stream := self._streams.get(request_id)) is not None:
+                stream.times.started = now
         processed = self._outputs.process(step.deltas)
         for request_id, index in processed.finish:
             self._send(Abort(request_id, index))
         for output in processed.outputs:
-            self._streams[output.request_id]._put(output)
+            stream = self._streams[output.request_id]
+            self._note_tokens(stream.times, now)
+            stream._put(output)
             if output.finished:
-                del self._streams[output.request_id]
-                self._count(output)
+                self._ended(output)
 
-    def _count(self, output: RequestOutput) -> None:
+    def _note_tokens(self, times: Timeline, now: float) -> None:
+        if times.last_token is None:
+            times.first_token = now
+        elif self.observer is not None:
+            self.observer.gap(now - times.last_token)
+        times.last_token = now
+
+    def _ended(self, output: RequestOutput) -> RequestStream:
+        """Forgets a request and counts its sequences."""
+        stream = self._streams.pop(output.request_id)
+        self._waiting.discard(output.request_id)
+        stream._stop_timers()
         for sequence in output.outputs:
             assert sequence.finish_reason is not None
             self.num_ended[FinishReason(sequence.finish_reason)] += 1
+        if self.observer is not None:
+            self.observer.ended(stream.request, output, stream.times, time.monotonic())
+        return stream
 
     def _reject(self, message: Rejected) -> None:
         self._outputs.abort(message.request_id)
+        self._waiting.discard(message.request_id)
         stream = self._streams.pop(message.request_id, None)
         if stream is not None:
+            stream._stop_timers()
             kind = ContextLengthError if message.error == ContextLengthError.__name__ else RequestError
             stream._fail(kind(message.message, param=message.param))
 
@@ -256,8 +344,7 @@ class AsyncEngine:
         """The reader of a request is gone."""
         output = self._outputs.abort(request.request_id)
         if output is not None:
-            del self._streams[request.request_id]
-            self._count(output)
+            self._ended(output)
             self._send(Abort(request.request_id))
 
     def _send(self, message: Abort) -> None:
@@ -271,8 +358,7 @@ class AsyncEngine:
         self.cause = cause
         self.stats = replace(self.stats, num_requests_running=0, num_requests_waiting=0, kv_cache_usage=0.0)
         for output in self._outputs.fail_all(cause):
-            self._count(output)
-            self._streams.pop(output.request_id)._fail(EngineDeadError(cause))
+            self._ended(output)._fail(EngineDeadError(cause))
         self.dead.set()
 
 

@@ -87,9 +87,9 @@ class EngineConnection:
         """The next message. Raises ProtocolError on bytes that are none."""
         return decode_from_engine(await self._events.recv())
 
-    async def close(self) -> None:
-        """Waits at most STOP_S for the process to end (send Stop first), kills it if it does not, and tidies up."""
-        await asyncio.wait([self.exited], timeout=STOP_S)
+    async def close(self, wait_s: float = STOP_S) -> None:
+        """Waits a while for the process to end (send Stop first), kills it if it does not, and tidies up."""
+        await asyncio.wait([self.exited], timeout=wait_s)
         self.kill()
 
     def kill(self) -> None:

@@ -96,6 +96,11 @@ class EngineCore:
         """Requests that were queued and turned out never to run, with the reason; each is told once."""
         return self._structured.take_rejected()
 
+    def take_started(self) -> list[str]:
+        """Requests that a step has taken up for the first time; each is told once."""
+        # A search of beams is taken up with the first of its sequences, whose ids stand behind its own.
+        return [id.removesuffix("/0") for id in self.scheduler.take_started()]
+
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request (or one of its sequences) without a delta; does nothing if it is over."""
         self.scheduler.abort(request_id, index)

@@ -9,7 +9,7 @@ from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig
 from fairlead.errors import CheckpointError, ConfigError, RequestError
 from fairlead.request import EngineInfo, Request, SamplingParams
-from fairlead.tokenization.chat_template import ChatPrompt, encode_chat
+from fairlead.tokenization.chat_template import ChatOptions, ChatPrompt, encode_chat
 from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -48,14 +48,28 @@ class FrontEnd:
         """Text of a prompt that came as token ids. Raises RequestError without a tokenizer."""
         return self._tokenizer().decode(token_ids)
 
-    def encode_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> ChatPrompt:
+    def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions | None = None) -> ChatPrompt:
         """A chat as text and token ids. Raises RequestError without a tokenizer or a fitting template."""
+        options = options or ChatOptions()
         return encode_chat(
-            self._tokenizer(), messages, template=self.chat_template, add_generation_prompt=add_generation_prompt
+            self._tokenizer(),
+            messages,
+            template=self.chat_template,
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            template_kwargs=options.template_kwargs,
+            add_special_tokens=options.add_special_tokens,
         )
 
     def request(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, info: EngineInfo, *, cache_salt: str = ""
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        info: EngineInfo,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
     ) -> Request:
         """Makes a request that the engine of `info` can run, its prompt truncated as params ask.
 
@@ -71,6 +85,7 @@ class FrontEnd:
             params=params,
             eos_token_ids=self.eos_token_ids,
             cache_salt=cache_salt,
+            priority=priority,
             bad_words_token_ids=self._spellings(params.bad_words),
         )
         request.check(max_model_len=info.max_model_len, vocab_size=info.vocab_size, max_num_seqs=info.max_num_seqs)

@@ -12,6 +12,7 @@ from fairlead.engine.front_end import FrontEnd
 from fairlead.engine.output_processor import OutputProcessor
 from fairlead.errors import ConfigError, RequestError
 from fairlead.request import EngineInfo, Request, RequestOutput, SamplingParams
+from fairlead.tokenization.chat_template import ChatOptions
 from fairlead.tokenization.tokenizer import Tokenizer
 
 Prompt = str | list[int] | Mapping[str, Any]
@@ -62,16 +63,22 @@ class LLM:
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Iterable[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes one prompt or a list of them, batched; outputs come in the order of the prompts.
 
-        One SamplingParams serves all prompts, a list gives each its own. Raises RequestError before anything runs if
-        one of them is invalid.
+        One SamplingParams serves all prompts, a list gives each its own. `priority` has a number for each prompt, lower
+        first, under `scheduling_policy="priority"`. Raises RequestError before anything runs if one of them is invalid.
         """
         batch = _as_list(prompts)
+        priorities = [0] * len(batch) if priority is None else list(priority)
+        if len(priorities) != len(batch):
+            raise RequestError(f"there are {len(batch)} prompts, but {len(priorities)} priorities", param="priority")
         requests = [
-            self._request(prompt, params)
-            for prompt, params in zip(batch, self._params(sampling_params, len(batch)), strict=True)
+            self._request(prompt, params, priority)
+            for prompt, params, priority in zip(
+                batch, self._params(sampling_params, len(batch)), priorities, strict=True
+            )
         ]
         return self._run(requests, use_tqdm=use_tqdm)
 
@@ -124,10 +131,10 @@ class LLM:
         return params
 
     def _chat_prompt(self, messages: Any, add_generation_prompt: bool) -> Mapping[str, Any]:
-        chat = self.front_end.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        chat = self.front_end.encode_chat(messages, ChatOptions(add_generation_prompt=add_generation_prompt))
         return {"prompt": chat.text, "prompt_token_ids": chat.token_ids}
 
-    def _request(self, prompt: Any, params: SamplingParams) -> tuple[Request, str | None]:
+    def _request(self, prompt: Any, params: SamplingParams, priority: int = 0) -> tuple[Request, str | None]:
         text: str | None = None
         if isinstance(prompt, str):
             prompt = {"prompt": prompt}
@@ -141,7 +148,7 @@ class LLM:
             token_ids = self.front_end.encode(text)
         if not isinstance(token_ids, (list, tuple)) or not all(type(i) is int for i in token_ids):
             raise RequestError(f"token ids must be a list of integers, got {token_ids!r:.100}", param="prompt")
-        request = self.front_end.request(str(next(self._ids)), token_ids, params, self.info)
+        request = self.front_end.request(str(next(self._ids)), token_ids, params, self.info, priority=priority)
         if params.structured_outputs is not None:
             self.engine.check_structured(params.structured_outputs)
         return request, text

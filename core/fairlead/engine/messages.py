@@ -43,10 +43,11 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """All that one step gave."""
+    """All that one step gave. `started` are the requests that it took up for the first time."""
 
     deltas: list[SequenceDelta]
     stats: EngineStats
+    started: list[str] = []
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):

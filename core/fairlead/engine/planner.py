@@ -93,7 +93,8 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     if config.model.quantization is not None and config.model.quantization not in chosen:
         reasons.append(f"quantization {config.model.quantization} (no layer of {checkpoint.architecture} can take it)")
     backends: tuple[AttentionBackend, ...] = ()
-    if settings.attention_backend in (names := platform.attention_backends()):
+    knows_dtype = settings.dtype in platform.capabilities.dtypes  # else the backends need not be asked
+    if knows_dtype and settings.attention_backend in (names := platform.attention_backends()):
         tried = names if config.platform.attention_backend is None else (settings.attention_backend,)
         backends, refused = make_backends(platform, tried, groups, block_size=settings.block_size, dtype=settings.dtype)
         reasons += refused
@@ -121,7 +122,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
             for n, window, num_host in zip(num_blocks, windows, num_host_blocks, strict=True)
         ),
         info=EngineInfo(
-            model=config.model.served_model_name or config.model.model,
+            model=config.model.model,
             platform=platform.name,
             device=f"{device.name} ({device.description})",
             attention_backend=", ".join(dict.fromkeys(backend.name for backend in backends)),

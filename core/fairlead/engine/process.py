@@ -56,6 +56,8 @@ class Engine(Protocol):
 
     def step(self) -> list[SequenceDelta]: ...
 
+    def take_started(self) -> list[str]: ...
+
     def take_rejected(self) -> list[tuple[str, RequestError]]: ...
 
     def stats(self) -> EngineStats: ...
@@ -101,7 +103,7 @@ def serve(engine: Engine, channel: Channel) -> None:
             _apply(message, engine, channel)
         if engine.has_work:
             deltas = engine.step()
-            channel.send(Step(deltas, engine.stats()))
+            channel.send(Step(deltas, engine.stats(), engine.take_started()))
             for request_id, error in engine.take_rejected():
                 channel.send(_rejected(request_id, error))
         else:

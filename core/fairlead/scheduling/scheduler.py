@@ -81,8 +81,9 @@ class Scheduler:
         self._max_chunk = long_prefill_token_threshold or max_num_batched_tokens
         self._requests: dict[str, list[Sequence]] = {}
         self._live: dict[int, Sequence] = {}
+        self._started: list[str] = []
         self._num_seats = 0  # taken by the running
-        self._num_added = 0
+        self._num_added = self._num_scheduled = 0
         self._num_preemptions = self._num_prompt = self._num_cached = self._num_generated = 0
         self._num_queries = self._num_hits = self._num_nan = self._num_steps = 0
 
@@ -129,6 +130,11 @@ class Scheduler:
         """Whether a request has sequences that have not ended."""
         return request_id in self._requests
 
+    def take_started(self) -> list[str]:
+        """Requests that were scheduled for the first time since the last call."""
+        started, self._started = self._started, []
+        return started
+
     def schedule(self) -> ScheduledBatch:
         """Picks the next step: first the running sequences, then, memory and budget permitting, waiting ones.
 
@@ -140,6 +146,7 @@ class Scheduler:
         if self.waiting and not step.lacks_memory:
             self._admit_waiting(step)
         self._num_steps += bool(step.chunks)
+        self._num_scheduled += self.max_num_batched_tokens - step.budget
         assert step.chunks or not self.has_work or any(s.num_pending for s in self.running), "nothing can be scheduled"
         return ScheduledBatch(
             chunks=tuple(step.chunks), block_copies=self.blocks.take_copies(), edits_logits=step.edits_logits
@@ -225,6 +232,7 @@ class Scheduler:
             num_prefix_hits=self._num_hits,
             num_nan_sequences=self._num_nan,
             num_steps=self._num_steps,
+            num_scheduled_tokens=self._num_scheduled,
         )
 
     def check_integrity(self) -> None:
@@ -298,6 +306,7 @@ class Scheduler:
             self.blocks.attach(seq, prefix)
             if seq.num_cached_tokens is None:
                 seq.num_cached_tokens = seq.num_computed_tokens
+                self._started.append(seq.request.request_id)
                 self._num_queries += seq.num_prompt_tokens
                 self._num_hits += seq.num_computed_tokens
             num_tokens = self._chunk_of(seq.num_tokens - seq.num_computed_tokens, step.budget)

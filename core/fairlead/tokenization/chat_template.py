@@ -10,9 +10,10 @@ builds a control token from a caller's string (`'<|' + role + '|>'`) needs that 
 token that is matched on normalised text is only found as it is spelt.
 """
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +29,16 @@ class ChatPrompt:
 
     text: str
     token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How messages become a prompt. `template_kwargs` are variables that the template may read."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool = False
 
 
 def render_chat(
@@ -62,8 +73,12 @@ def encode_chat(
     continue_final_message: bool = False,
     tools: list[dict[str, Any]] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    add_special_tokens: bool = False,
 ) -> ChatPrompt:
-    """The prompt of a chat as text and token ids; the text of control tokens in it stays text. Raises RequestError."""
+    """The prompt of a chat as text and token ids; the text of control tokens in it stays text. Raises RequestError.
+
+    `add_special_tokens` adds those that the tokenizer puts around a text to the ones that the template writes.
+    """
     options: dict[str, Any] = {
         "add_generation_prompt": add_generation_prompt,
         "continue_final_message": continue_final_message,
@@ -74,12 +89,12 @@ def encode_chat(
     written = "\0".join(_strings([messages, tools, variables]))
     if not control or not _pattern(control).search(written):
         text = _render(tokenizer, source, messages, tools, variables, options)
-        return ChatPrompt(text=text, token_ids=tokenizer.encode(text, add_special_tokens=False))
+        return ChatPrompt(text=text, token_ids=tokenizer.encode(text, add_special_tokens=add_special_tokens))
     markers = _free_markers(written)
     messages, tools, variables = _marked([messages, tools, variables], _pattern(control), markers)
     rendered = _render(tokenizer, source, messages, tools, variables, options)
     chunks = _cut(rendered, control, markers)
-    token_ids = tokenizer.encode(chunks[0], add_special_tokens=False)
+    token_ids = tokenizer.encode(chunks[0], add_special_tokens=add_special_tokens)
     for chunk in chunks[1:]:
         token_ids += tokenizer.encode_continuation(chunk)
     return ChatPrompt(text="".join(chunks), token_ids=token_ids)
@@ -133,8 +148,11 @@ def _render(
     options: dict[str, Any],
 ) -> str:
     fixed = {"chat_template": source, "tools": tools or None, "tokenize": False, **options}
+    taken = {*fixed, *inspect.signature(tokenizer.transformers_tokenizer.apply_chat_template).parameters} - {
+        "documents"
+    }
     for name in template_kwargs:
-        if name in fixed or name == "conversation":
+        if name in taken:
             raise RequestError(
                 f"{name} is no template variable; it has its own parameter", param="chat_template_kwargs"
             )

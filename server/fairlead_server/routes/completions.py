@@ -7,9 +7,10 @@ from collections.abc import Sequence as Seq
 from fastapi import APIRouter, Request, Response
 
 from fairlead.request import CompletionOutput, RequestOutput
+from fairlead_server.json_route import JsonRoute
 from fairlead_server.protocol import CompletionBody
-from fairlead_server.responses import Entries, Json, Sent, completion_logprobs, json_response, prompt_logprobs, usage
-from fairlead_server.service import Generation, Service, unless_disconnected
+from fairlead_server.responses import Entries, Json, Sent, completion_logprobs, json_response, prompt_logprobs, usage_of
+from fairlead_server.service import Service, unless_disconnected
 from fairlead_server.streaming import EventStream
 
 DEFAULT_MAX_TOKENS = 16
@@ -20,13 +21,13 @@ class Completion:
 
     def __init__(self, service: Service, body: CompletionBody, prompts: list[str], request_id: str) -> None:
         self._body = body
-        self._tokenizer = service.engine.front_end.tokenizer
+        self._tokenizer = None if body.return_tokens_as_token_ids else service.engine.front_end.tokenizer
         self._echoes = prompts  # empty texts unless the prompt is to be echoed
         self._head: Json = {
-            "id": f"cmpl-{request_id}",
+            "id": f"cmpl-{body.request_id or request_id}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.model_name,
+            "model": service.model_name(body.model),
         }
 
     def whole(self, outputs: list[RequestOutput]) -> Json:
@@ -39,10 +40,12 @@ class Completion:
                 offset = 0 if prompt[0] else len(echo)
                 logprobs = completion_logprobs(choice, self._tokenizer, offset=offset, prompt=prompt)
                 shown = self._choice(i, choice, echo + choice.text, logprobs)
+                if self._body.return_token_ids:
+                    shown |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": choice.token_ids}
                 if self._body.prompt_logprobs is not None:
                     shown["prompt_logprobs"] = prompt_logprobs(output)
                 choices.append(shown)
-        return {**self._head, "choices": choices, "usage": usage(outputs)}
+        return {**self._head, "choices": choices, "usage": usage_of(outputs)}
 
     async def chunks(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> AsyncGenerator[object, None]:
         """The answer piece by piece."""
@@ -55,7 +58,7 @@ class Completion:
                 if piece is not None:
                     yield {**self._head, "choices": [piece], **self._running_usage(last)}
         if self._body.include_usage:
-            yield {**self._head, "choices": [], "usage": usage(last.values())}
+            yield {**self._head, "choices": [], "usage": usage_of(last.values())}
 
     def _echoed(self, output: RequestOutput) -> tuple[Seq[int], Entries]:
         """The prompt's tokens and their log-probabilities, where they are to be echoed."""
@@ -66,7 +69,8 @@ class Completion:
     def _piece(self, i: int, output: RequestOutput, choice: CompletionOutput, sent: Sent) -> Json | None:
         if sent.finished:
             return None
-        echo = "" if sent.started else self._echoes[i]
+        first = not sent.started
+        echo = self._echoes[i] if first else ""
         prompt: tuple[Seq[int], Entries] = ((), ()) if sent.started else self._echoed(output)
         sent.started = True
         sent.offset += 0 if prompt[0] else len(echo)
@@ -77,9 +81,15 @@ class Completion:
         )
         if logprobs is not None:
             sent.offset += sum(map(len, logprobs["tokens"]))
-        if not (echo or text or choice.finished or logprobs):
+        token_ids = choice.token_ids[first_token:] if self._body.return_token_ids else ()
+        if not (echo or text or choice.finished or logprobs or token_ids):
             return None
-        return self._choice(i, choice, echo + text, logprobs)
+        piece = self._choice(i, choice, echo + text, logprobs)
+        if self._body.return_token_ids:
+            piece["token_ids"] = token_ids
+            if first:
+                piece["prompt_token_ids"] = output.prompt_token_ids
+        return piece
 
     def _choice(self, i: int, choice: CompletionOutput, text: str, logprobs: Json | None) -> Json:
         return {
@@ -92,24 +102,25 @@ class Completion:
 
     def _running_usage(self, last: dict[int, RequestOutput]) -> Json:
         if self._body.usage_on_every_chunk:
-            return {"usage": usage(last.values())}
+            return {"usage": usage_of(last.values())}
         return {"usage": None} if self._body.include_usage else {}
 
 
 def router(service: Service) -> APIRouter:
     """The route of completions."""
-    routes = APIRouter()
+    routes = APIRouter(route_class=JsonRoute)
 
     @routes.post("/v1/completions")
     async def complete(body: CompletionBody, http: Request) -> Response:
-        service.check_model(body.model)
+        service.model_name(body.model)
         body.check()
+        service.check_room()
         params = body.sampling_params(service.engine.default_sampling_params)
         requests, echoes = [], []
         for prompt in body.prompts():
             special = body.add_special_tokens is not False
             ids = await service.engine.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
-            request = service.request(ids, params, default_max_tokens=DEFAULT_MAX_TOKENS, salt=body.cache_salt or "")
+            request = service.request(ids, params, body, default_max_tokens=DEFAULT_MAX_TOKENS)
             requests.append(request)
             is_whole = len(request.prompt_token_ids) == len(ids)
             if not body.echo:
@@ -119,7 +130,7 @@ def router(service: Service) -> APIRouter:
             else:
                 echoes.append(service.engine.front_end.decode(request.prompt_token_ids))
         completion = Completion(service, body, echoes, http.state.request_id)
-        generation = Generation(service.engine, requests)
+        generation = service.start(requests)
         try:
             if body.stream:
                 outputs = await generation.started(http)

@@ -9,6 +9,7 @@ import pytest
 
 from fairlead import LLM, SamplingParams
 from fairlead.errors import ConfigError, ContextLengthError, RequestError
+from fairlead.request import SequenceDelta
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -161,6 +162,27 @@ def test_mismatched_params_and_unknown_settings_say_so(llm: LLM) -> None:
         llm.generate(["a", "b"], [GREEDY], use_tqdm=False)
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
         LLM("demo", max_num_seq=3)
+
+
+def test_priorities_change_the_order_and_no_output() -> None:
+    llm = LLM("demo", max_model_len=64, max_num_seqs=1, num_blocks=8, scheduling_policy="priority")
+    prompts = ["ROMEO:", "JULIET:", "KING:"]
+    plain = [llm.generate(prompt, GREEDY, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+    ended: list[str] = []
+    step = llm.engine.step
+
+    def watched() -> list[SequenceDelta]:
+        deltas = step()
+        ended.extend(d.request_id for d in deltas if d.finish_reason is not None)
+        return deltas
+
+    llm.engine.step = watched  # type: ignore[method-assign]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False, priority=[2, 1, 0])
+    assert [o.outputs[0].token_ids for o in outputs] == plain
+    assert ended == [o.request_id for o in reversed(outputs)]
+    with pytest.raises(RequestError, match="there are 3 prompts, but 1 priorities"):
+        llm.generate(prompts, GREEDY, priority=[1])
+    llm.close()
 
 
 def test_the_offline_path_needs_no_server_package() -> None:

@@ -1,0 +1,405 @@
+"""What the server promises under faults (reliability of the server, R1 to R12), measured on `fairlead serve demo`.
+
+`python benchmarks/reliability/chaos.py [R1 R4 ...] [--full]` runs the named ones, or all, and prints one line of JSON
+each with the figures and whether the promise was kept; it exits with 1 if one was not. --full takes the whole counts.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fairlead_server.bench import quantiles
+from fairlead_server.load import Answer, Target, ask
+
+LONG = {"model": "demo", "prompt": "ROMEO:", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
+SHORT = {**LONG, "max_tokens": 20}
+Figures = dict[str, Any]
+
+
+class Server:
+    """`fairlead serve demo` as a process of its own."""
+
+    def __init__(self, *arguments: str, port: int = 0) -> None:
+        command = [sys.executable, "-m", "fairlead_server", "demo", "--log-level", "warning"]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
+        self.process = subprocess.Popen([*command, "--port", str(port), *arguments], stderr=self.log)
+        self.url = self._url()
+        self.target = Target.of(self.url, None)
+        [self.engine_pid] = children(self.process.pid)
+
+    def _url(self) -> str:
+        for _ in range(1200):
+            text = self.text()
+            if "listening" in text and "try " in text:
+                return text.partition("listening")[2].split()[0].removesuffix("/v1")
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server did not start: {text}")
+            time.sleep(0.1)
+        raise SystemExit("the server did not start in time")
+
+    def text(self) -> str:
+        self.log.seek(0)
+        return self.log.read().decode()
+
+    def get(self, path: str) -> int:
+        """The status of a GET; 0 if nobody answers."""
+        connection = http.client.HTTPConnection(self.target.host, self.target.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status
+        except OSError:
+            return 0
+        finally:
+            connection.close()
+
+    def gauges(self) -> dict[str, float]:
+        connection = http.client.HTTPConnection(self.target.host, self.target.port, timeout=10)
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+        connection.close()
+        values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("fairlead:")}
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        return {name: values[f"fairlead:{name}"] for name in names}
+
+    def is_idle(self) -> bool:
+        return not any(self.gauges().values())
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.terminate()
+        status = self.process.wait(60)
+        self.log.close()
+        return status
+
+
+@contextlib.contextmanager
+def serving(*arguments: str) -> Iterator[Server]:
+    server = Server(*arguments)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8")
+    return [int(child) for child in text.split()]
+
+
+def exists(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def num_fds(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def rss_mib(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def wait(condition: Callable[[], bool], seconds: float) -> float | None:
+    """How long the condition took to become true; None if it did not."""
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > seconds:
+            return None
+        time.sleep(0.01)
+    return time.monotonic() - start
+
+
+def load(server: Server, bodies: list[dict[str, Any]], meanwhile: Callable[[], None] | None = None) -> list[Answer]:
+    """Streams all bodies at once; calls `meanwhile`, in a thread, once each has its first tokens or an error."""
+
+    async def run() -> list[Answer]:
+        tasks = [asyncio.ensure_future(ask(server.target, body)) for body in bodies]
+        if meanwhile is not None:
+            await asyncio.sleep(1.0)
+            await asyncio.to_thread(meanwhile)
+        return list(await asyncio.gather(*tasks))
+
+    return asyncio.run(run())
+
+
+def dead_engine(full: bool) -> Figures:
+    """R1: in-flight requests end within 1 s, /health is 503, the process exits non-zero."""
+    with serving() as server:
+        killed = 0.0
+
+        def kill() -> None:
+            nonlocal killed
+            os.kill(server.engine_pid, signal.SIGKILL)
+            killed = time.perf_counter()
+
+        answers = load(server, [LONG] * 16, kill)
+        slowest = max(answer.end for answer in answers) - killed
+        health = server.get("/health")
+        status = server.process.wait(30)
+    ended = sum(answer.error is not None for answer in answers)
+    kept = slowest <= 1 and health == 503 and status != 0
+    return {"ended_with_an_error": ended, "slowest_s": slowest, "health": health, "exit": status, "kept": kept}
+
+
+def hanging_engine(full: bool) -> Figures:
+    """R2: /health is 503 within 10 s."""
+    with serving() as server:
+        os.kill(server.engine_pid, signal.SIGSTOP)
+        seconds = wait(lambda: server.get("/health") == 503, 20)
+        os.kill(server.engine_pid, signal.SIGCONT)
+        back = wait(lambda: server.get("/health") == 200, 5)
+    return {"seconds_to_503": seconds, "seconds_back": back, "kept": seconds is not None and seconds <= 10}
+
+
+def probes(full: bool) -> Figures:
+    """R3: each probe within 50 ms at p99 under load."""
+    with serving() as server:
+        times: list[float] = []
+
+        def probe() -> None:
+            for _ in range(200 if full else 60):
+                for path in ("/health/live", "/health/ready", "/health/startup"):
+                    start = time.perf_counter()
+                    assert server.get(path) == 200
+                    times.append(time.perf_counter() - start)
+
+        load(server, [LONG] * 32, probe)
+    found = quantiles(times)
+    return {"probe_ms": found, "kept": (found["p99"] or 0) <= 50}
+
+
+def drain(full: bool) -> Figures:
+    """R4: what is in flight ends well, new ones get 503, exit 0; a second signal exits within 2 s."""
+    with serving("--shutdown-timeout", "120") as server:
+        during = 0
+
+        def term() -> None:
+            nonlocal during
+            server.process.terminate()
+            wait(lambda: server.get("/health/ready") == 503, 5)
+            during = server.get("/v1/models")
+
+        answers = load(server, [LONG] * 100, term)
+        status = server.process.wait(60)
+    finished = sum(answer.error is None for answer in answers)
+    with serving() as server:
+        second, seconds = 0, 0.0
+
+        def twice() -> None:
+            nonlocal second, seconds
+            server.process.terminate()
+            time.sleep(0.2)
+            start = time.perf_counter()
+            server.process.terminate()
+            second = server.process.wait(30)
+            seconds = time.perf_counter() - start
+
+        load(server, [LONG] * 16, twice)
+    kept = (finished, status, during) == (100, 0, 503) and second == 0 and seconds <= 2
+    return {"finished": finished, "exit": status, "new_ones": during, "second_signal_s": seconds, "kept": kept}
+
+
+def killed_parent(full: bool) -> Figures:
+    """R5: kill -9 of the parent leaves no child and no socket; the port can be had again, time after time."""
+    slowest, times = 0.0, 100 if full else 3
+    sockets = Path(tempfile.gettempdir())
+    before = {path.name for path in sockets.glob("fairlead-*")}
+    port = 0
+    for _ in range(times):
+        server = Server(port=port)
+        port = server.target.port
+        server.process.kill()
+        server.process.wait()
+        gone = wait(lambda pid=server.engine_pid: not exists(pid), 10)  # type: ignore[misc]
+        slowest = max(slowest, 99.0 if gone is None else gone)
+        server.log.close()
+    left = {path.name for path in sockets.glob("fairlead-*")} - before
+    return {"restarts": times, "slowest_s": slowest, "left_over": len(left), "kept": slowest <= 5 and not left}
+
+
+def disconnects(full: bool) -> Figures:
+    """R7: clients that leave in the middle of their streams leave no block, no request and no descriptor."""
+    num = 1000 if full else 100
+    with serving() as server:
+        load(server, [SHORT] * 4)
+        time.sleep(0.5)
+        fds = num_fds(server.process.pid)
+        content = json.dumps({**LONG, "stream": True}).encode()
+        head = server.target.head("POST", "/v1/completions", len(content))
+        for _ in range(num // 50):
+            connections = [socket.create_connection((server.target.host, server.target.port)) for _ in range(50)]
+            for connection in connections:
+                connection.sendall(head + content)
+            connections[0].recv(100)
+            for connection in connections:
+                connection.close()
+        seconds = wait(server.is_idle, 10)
+        closed = wait(lambda: num_fds(server.process.pid) <= fds, 5)
+        answer = load(server, [SHORT])[0]
+    kept = seconds is not None and seconds <= 2 and closed is not None and answer.error is None
+    return {"disconnects": num, "idle_after_s": seconds, "descriptors_after_s": closed, "kept": kept}
+
+
+def overload(full: bool) -> Figures:
+    """R8: ten times what fits: 429 within 20 ms, goodput near its peak, memory flat."""
+    seats = 8
+    with serving("--max-num-seqs", str(seats), "--max-queued-requests", str(seats)) as server:
+        load(server, [SHORT] * seats)
+
+        def goodput(clients: int, seconds: float) -> tuple[float, list[float]]:
+            refused: list[float] = []
+
+            async def client(end: float) -> int:
+                num = 0
+                while time.perf_counter() < end:
+                    answer = await ask(server.target, SHORT)
+                    if answer.error is None:
+                        num += answer.num_tokens
+                    else:
+                        refused.append(answer.end - answer.start)
+                        await asyncio.sleep(0.5)
+                return num
+
+            async def run() -> int:
+                end = time.perf_counter() + seconds
+                return sum(await asyncio.gather(*(client(end) for _ in range(clients))))
+
+            start = time.perf_counter()
+            num = asyncio.run(run())
+            return num / (time.perf_counter() - start), refused
+
+        seconds = 30 if full else 6
+        peak, _ = goodput(2 * seats, seconds)
+        rss = rss_mib(server.process.pid)
+        reached, refused = goodput(20 * seats, seconds)
+        grown = rss_mib(server.process.pid) - rss
+    times = quantiles(refused)
+    share = reached / peak
+    kept = share >= 0.95 and bool(refused) and (times["p99"] or 0) <= 20
+    figures = {"refused": len(refused), "refusal_ms": times, "goodput_share": share, "rss_grown_mib": grown}
+    return {**figures, "kept": kept}
+
+
+def small_pool(full: bool) -> Figures:
+    """R9: a pool that holds a fraction of the demand finishes every request; one that cannot fit is 400."""
+
+    async def texts(server: Server, num: int, together: int) -> list[str]:
+        places = asyncio.Semaphore(together)
+
+        async def one(i: int) -> str:
+            async with places:
+                return await asyncio.to_thread(_text, server, {**LONG, "prompt": f"Scene {i}:", "max_tokens": 150})
+
+        return list(await asyncio.gather(*(one(i) for i in range(num))))
+
+    num = 64 if full else 16
+    small = ("--num-blocks", "20", "--max-model-len", "256", "--dtype", "float32")
+    with serving(*small) as server:
+        crowded = asyncio.run(texts(server, num, num))
+        alone = asyncio.run(texts(server, num, 1))
+        answer = load(server, [{**LONG, "prompt": "word " * 300}])[0]
+    equal = sum(a == b for a, b in zip(crowded, alone, strict=True))
+    return {"requests": num, "equal": equal, "too_large": answer.error, "kept": equal == num}
+
+
+def _text(server: Server, body: dict[str, Any]) -> str:
+    connection = http.client.HTTPConnection(server.target.host, server.target.port, timeout=300)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    text: str = json.load(connection.getresponse())["choices"][0]["text"]
+    connection.close()
+    return text
+
+
+def deadlines(full: bool) -> Figures:
+    """R11: within 100 ms of the time that was set; blocks are freed."""
+    errors = []
+    flags = ("--max-num-seqs", "1", "--max-queue-time", "0.5", "--max-request-time", "1.0", "--max-model-len", "1024")
+    with serving(*flags) as server:
+        for _ in range(20 if full else 3):
+            answers = load(server, [{**LONG, "max_tokens": 900, "n": 1}] * 2)
+            took = sorted(answer.end - answer.start for answer in answers)
+            errors += [took[0] - 0.5, took[1] - 1.0]
+        idle = wait(server.is_idle, 5)
+    worst = max(map(abs, errors))
+    return {"worst_error_ms": 1000 * worst, "idle_after_s": idle, "kept": worst <= 0.1 and idle is not None}
+
+
+def slow_readers(full: bool) -> Figures:
+    """R12: clients that read nothing cost the others little, and hold little memory."""
+    num = 500 if full else 50
+    with serving() as server:
+        load(server, [SHORT] * 4)
+        free = quantiles(_gaps(load(server, [LONG] * 4)))
+        rss = rss_mib(server.process.pid)
+        content = json.dumps({**SHORT, "stream": True, "logprobs": 5}).encode()
+        head = server.target.head("POST", "/v1/completions", len(content))
+        slow = []
+        for _ in range(num):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((server.target.host, server.target.port))
+            connection.sendall(head + content)
+            slow.append(connection)
+        wait(lambda: server.gauges()["num_requests_running"] == 0, 60)
+        beside = quantiles(_gaps(load(server, [LONG] * 4)))
+        grown = rss_mib(server.process.pid) - rss
+        for connection in slow:
+            connection.close()
+    assert free["p99"] is not None
+    assert beside["p99"] is not None
+    share = beside["p99"] / free["p99"] - 1
+    per_stream = 1024 * grown / num
+    figures = {"readers": num, "itl_p99_grown": share, "kib_per_stream": per_stream}
+    return {**figures, "kept": share < 0.05 and per_stream <= 256}
+
+
+def _gaps(answers: list[Answer]) -> list[float]:
+    return [b - a for answer in answers for a, b in zip(answer.times, answer.times[1:], strict=False)]
+
+
+PROMISES = {
+    "R1": dead_engine,
+    "R2": hanging_engine,
+    "R3": probes,
+    "R4": drain,
+    "R5": killed_parent,
+    "R7": disconnects,
+    "R8": overload,
+    "R9": small_pool,
+    "R11": deadlines,
+    "R12": slow_readers,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("promises", nargs="*", metavar="R", help=f"which: {', '.join(PROMISES)}; all if none is named")
+    parser.add_argument("--full", action="store_true", help="the whole counts")
+    asked = parser.parse_args()
+    unknown = [name for name in asked.promises if name not in PROMISES]
+    if unknown:
+        parser.error(f"there is no {unknown[0]}; there are {', '.join(PROMISES)}")
+    all_kept = True
+    for name in asked.promises or PROMISES:
+        figures = PROMISES[name](asked.full)
+        all_kept &= figures["kept"]
+        print(json.dumps({"promise": name, **figures}), flush=True)
+    raise SystemExit(0 if all_kept else 1)
+
+
+if __name__ == "__main__":
+    main()
