@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fairlead_cpu.arena import Arena
 from fairlead_cpu.native import SIGNATURES, Kernels, RecordedCall
+from fairlead_cpu.native_attention import NativeAttention
 
 MAX_ARGUMENTS = 20
 _MAX_ROWS = 64  # of a recorded step; in larger ones the arithmetic outweighs Python
@@ -129,6 +130,8 @@ class StepRecorder:
             return forward(token_ids_T, positions_T, step)
         inputs = [token_ids_T.data_ptr(), positions_T.data_ptr()]
         for group in step.groups:
+            if not isinstance(group.backend, NativeAttention):
+                return forward(token_ids_T, positions_T, step)
             inputs += group.plan.pointers
         recording = self._recordings[num_rows]
         if recording is not None:
