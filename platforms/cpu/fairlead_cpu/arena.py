@@ -30,7 +30,9 @@ class Arena:
         taken = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         buffer = (ctypes.c_char * taken).from_address(self._take(taken))
         weakref.finalize(buffer, self._give, ctypes.addressof(buffer), taken)
-        return torch.frombuffer(buffer, dtype=dtype, count=num_items).view(shape) if num_items else _nothing(shape, dtype)
+        return (
+            torch.frombuffer(buffer, dtype=dtype, count=num_items).view(shape) if num_items else _nothing(shape, dtype)
+        )
 
     def _take(self, num_bytes: int) -> int:
         for i, (address, size) in enumerate(self._free):

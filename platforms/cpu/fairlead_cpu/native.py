@@ -129,7 +129,6 @@ class Kernels:
         bound = (_I32 * len(layout.cpus))(*layout.cpus) if layout.bound else None
         self.call.fl_pool_init(len(layout.cpus), bound)
 
-
     def address(self, name: str) -> int:
         """Where an exported function stands."""
         address = ctypes.cast(self._library[name], _P).value

@@ -65,7 +65,9 @@ def _shares(tensor: torch.Tensor, argument: object) -> bool:
 class _Recording:
     """The calls of one forward pass, as csrc/replay.cpp reads them, and where the step's own pointers stand in them."""
 
-    def __init__(self, kernels: Kernels, calls: Sequence[RecordedCall], inputs: Sequence[int], out: torch.Tensor) -> None:
+    def __init__(
+        self, kernels: Kernels, calls: Sequence[RecordedCall], inputs: Sequence[int], out: torch.Tensor
+    ) -> None:
         self.out = out
         words = np.zeros((len(calls), 1 + MAX_ARGUMENTS), np.uint64)
         for row, (name, arguments) in zip(words, calls, strict=True):
@@ -141,7 +143,9 @@ class StepRecorder:
             out = forward(token_ids_T, positions_T, step)
         if watch.foreign:
             self.foreign = watch.foreign
-            logger.info("steps are not recorded: beside the kernels, the model runs %s", ", ".join(sorted(self.foreign)))
+            logger.info(
+                "steps are not recorded: beside the kernels, the model runs %s", ", ".join(sorted(self.foreign))
+            )
         else:
             self._recordings[num_rows] = _Recording(self._kernels, calls, inputs, out)
         return out
