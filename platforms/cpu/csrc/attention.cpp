@@ -9,6 +9,7 @@
 #include "attention_kernels.h"
 #include "attention_tiles.h"
 #include "pool.h"
+#include "replay.h"
 
 namespace attention {
 namespace {
@@ -386,3 +387,5 @@ FL_API void fl_attention(const attention::Shape* shape, const attention::Plan* p
   else
     run(Float32{});
 }
+
+FL_RECORDABLE(fl_attention)

@@ -5,6 +5,7 @@
 
 #include "matmul.h"
 #include "pool.h"
+#include "replay.h"
 #include "simd.h"
 
 namespace {
@@ -186,6 +187,8 @@ FL_API void fl_rms_norm(int32_t is_bf16, int32_t gemma, const void* x, int64_t x
   });
 }
 
+FL_RECORDABLE(fl_rms_norm)
+
 FL_API void fl_layer_norm(int32_t is_bf16, const void* x, int64_t x_stride, const void* weight, const void* bias,
                           void* out, int64_t num_rows, int64_t size, float eps) {
   with_dtype(is_bf16, [&](auto zero) {
@@ -194,6 +197,8 @@ FL_API void fl_layer_norm(int32_t is_bf16, const void* x, int64_t x_stride, cons
                static_cast<T*>(out), num_rows, size, eps);
   });
 }
+
+FL_RECORDABLE(fl_layer_norm)
 
 FL_API void fl_rotary(int32_t is_bf16, int32_t interleaved, const void* q, int64_t q_token, int64_t q_head,
                       int64_t num_q, const void* k, int64_t k_token, int64_t k_head, int64_t num_k,
@@ -207,6 +212,8 @@ FL_API void fl_rotary(int32_t is_bf16, int32_t interleaved, const void* q, int64
   });
 }
 
+FL_RECORDABLE(fl_rotary)
+
 FL_API void fl_gate(int32_t is_bf16, int32_t gelu, const void* x, int64_t x_stride, void* out, int64_t num_rows,
                     int64_t size) {
   with_dtype(is_bf16, [&](auto zero) {
@@ -215,6 +222,8 @@ FL_API void fl_gate(int32_t is_bf16, int32_t gelu, const void* x, int64_t x_stri
   });
 }
 
+FL_RECORDABLE(fl_gate)
+
 FL_API void fl_embedding(const int64_t* ids, int64_t num_ids, const void* weight, int64_t row_bytes, void* out) {
   for_rows(num_ids, row_bytes / 4, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++)
@@ -222,3 +231,5 @@ FL_API void fl_embedding(const int64_t* ids, int64_t num_ids, const void* weight
                   row_bytes);
   });
 }
+
+FL_RECORDABLE(fl_embedding)

@@ -1,5 +1,6 @@
 // The entry points: packing weights and multiplying by them.
 #include "kernels.h"
+#include "replay.h"
 
 using namespace matmul;
 
@@ -20,5 +21,7 @@ FL_API void fl_linear(const FlLinear* layer, const void* x, int64_t x_stride, in
       return run_int4(call);
   }
 }
+
+FL_RECORDABLE(fl_linear)
 
 FL_API void fl_advise_huge_pages(void* p, int64_t bytes) { advise_huge_pages(p, bytes); }

@@ -19,6 +19,13 @@ class HostAllocator(PooledAllocator):
 
     def __init__(self) -> None:
         super().__init__(lambda shape, dtype: torch.empty(shape, dtype=dtype))
+        self.num_restores = 0
+        """How often memory has come back, and maybe to another place."""
+
+    def restore(self, tag: str) -> None:
+        """Storages get memory anew: addresses taken before are stale."""
+        self.num_restores += 1
+        super().restore(tag)
 
     def _keep(self, contents: torch.Tensor) -> Callable[[torch.Tensor], None]:
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it lives as long as what fills from it)

@@ -1,12 +1,16 @@
 """The native kernels' library: which one suits this processor, and its functions by ctypes. No torch."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from fairlead.errors import ConfigError
 from fairlead_cpu import topology
@@ -50,6 +54,7 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_attention": (None, (_P, _P, *(_P, _I64, _I64) * 3, _P, _P, _P)),
     "fl_probe_multiply": (_I64, (_I32, _I64)),
     "fl_probe_read": (ctypes.c_float, (_P, _I64)),
+    "fl_replay": (None, (_P, _I64)),
     # layer, x, its stride, rows, bias, residual, its stride, y, its stride
     "fl_linear": (None, (_P, _P, _I64, _I64, _P, _P, _I64, _P, _I64)),
     "fl_advise_huge_pages": (None, (_P, _I64)),
@@ -58,8 +63,8 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_packed_columns": (_I64, (_I32, _I64)),
     # (scheme,) pair, source, its dtype and stride, out, k, then what is written
     "fl_pack_float": (None, (_I32, _I32, _P, _I32, _I64, _I64, _I64, _P)),
-    "fl_pack_int8": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P, _P)),
     "fl_pack_int4": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P)),
+    "fl_pack_int8": (None, (_I32, _P, _I32, _I64, _I64, _I64, _P, _P, _P)),
 }
 
 
@@ -79,16 +84,41 @@ class LinearLayer(ctypes.Structure):
     )
 
 
+RecordedCall = tuple[str, tuple[Any, ...]]
+
+
+class Function:
+    """One exported function. While its thread records, each call is noted too."""
+
+    __slots__ = ("_function", "_kernels", "_name")
+
+    def __init__(self, name: str, function: Callable[..., Any], kernels: "Kernels") -> None:
+        self._name, self._function, self._kernels = name, function, kernels
+
+    def __call__(self, *arguments: Any) -> Any:
+        recording = self._kernels.recording
+        if recording is not None and recording[0] == threading.get_ident():
+            recording[1].append((self._name, arguments))
+        return self._function(*arguments)
+
+
 class Kernels:
-    """One library, loaded: `call.fl_name(...)` calls a function, `isa` and `layout` say what it is and runs on."""
+    """One library, loaded: `call.fl_name(...)` calls a function, `isa` and `layout` say what it is and runs on.
+
+    `recording` is the thread whose calls are noted, and the notes.
+    """
 
     def __init__(self, isa: str, layout: topology.Layout) -> None:
         self.isa = isa
         self.layout = layout
-        self.call = ctypes.CDLL(str(_LIB / f"libfairlead_cpu_{isa}.so"))
+        self._library = ctypes.CDLL(str(_LIB / f"libfairlead_cpu_{isa}.so"))
+        self._recording_lock = threading.Lock()
+        self.recording: tuple[int, list[RecordedCall]] | None = None
+        self.call = types.SimpleNamespace()
         for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(self.call, name)
+            function = self._library[name]
             function.restype, function.argtypes = result, arguments
+            setattr(self.call, name, Function(name, function, self))
         built_for = self.call.fl_isa().decode()
         assert built_for == isa, f"the library of {isa} was compiled for {built_for}"
         if not self.call.fl_enable():
@@ -98,6 +128,23 @@ class Kernels:
             )
         bound = (_I32 * len(layout.cpus))(*layout.cpus) if layout.bound else None
         self.call.fl_pool_init(len(layout.cpus), bound)
+
+    def address(self, name: str) -> int:
+        """Where an exported function stands."""
+        address = ctypes.cast(self._library[name], _P).value
+        assert address is not None
+        return address
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[list[RecordedCall]]:
+        """Notes the calls that this thread makes; one thread at a time."""
+        calls: list[RecordedCall] = []
+        with self._recording_lock:
+            self.recording = (threading.get_ident(), calls)
+            try:
+                yield calls
+            finally:
+                self.recording = None
 
 
 @functools.cache

@@ -46,6 +46,11 @@ class _Plan:
     address: int
     scratch_address: int
 
+    @property
+    def pointers(self) -> tuple[int, int]:
+        """What a recorded step reads of it."""
+        return self.address, self.scratch_address
+
 
 class NativeAttention:
     """AttentionBackend on the native kernels. A token's result has the same bits in any batch and any chunk."""

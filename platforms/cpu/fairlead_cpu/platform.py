@@ -10,6 +10,7 @@ from fairlead.interface import (
     Capabilities,
     Defaults,
     Device,
+    GraphRunner,
     LinearMethod,
     MemoryAllocator,
     MemoryInfo,
@@ -24,6 +25,7 @@ from fairlead_cpu.attention import SdpaAttention
 from fairlead_cpu.linear import linear_methods
 from fairlead_cpu.native_attention import NativeAttention
 from fairlead_cpu.ops import providers
+from fairlead_cpu.recorder import StepRecorder
 
 
 class CpuPlatform(BasicPlatform):
@@ -34,7 +36,8 @@ class CpuPlatform(BasicPlatform):
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self.torch_device = torch.device("cpu")
-        self.allocator: MemoryAllocator = HostAllocator()
+        self._host = HostAllocator()
+        self.allocator: MemoryAllocator = self._host
         self._kernels = native.kernels()
         self.capabilities = Capabilities(
             dtypes=("bfloat16", "float32"),
@@ -68,6 +71,12 @@ class CpuPlatform(BasicPlatform):
     def linear_methods(self) -> Mapping[str, tuple[LinearMethod, ...]]:
         """Native kernels for every scheme, if the package was built with any."""
         return {} if self._kernels is None else linear_methods(self._kernels, self.allocator)
+
+    def graph_runner(self) -> GraphRunner:
+        """Steps of few rows are recorded and replayed, where there are native kernels to record."""
+        if self._kernels is None:
+            return super().graph_runner()
+        return StepRecorder(self._kernels, lambda: self._host.num_restores)
 
     def memory_info(self) -> MemoryInfo:
         """The host's memory, or the control group's."""
