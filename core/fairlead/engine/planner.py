@@ -93,8 +93,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     if config.model.quantization is not None and config.model.quantization not in chosen:
         reasons.append(f"quantization {config.model.quantization} (no layer of {checkpoint.architecture} can take it)")
     backends: tuple[AttentionBackend, ...] = ()
-    knows_dtype = settings.dtype in platform.capabilities.dtypes  # else the backends need not be asked
-    if knows_dtype and settings.attention_backend in (names := platform.attention_backends()):
+    if settings.attention_backend in (names := platform.attention_backends()):
         tried = names if config.platform.attention_backend is None else (settings.attention_backend,)
         backends, refused = make_backends(platform, tried, groups, block_size=settings.block_size, dtype=settings.dtype)
         reasons += refused

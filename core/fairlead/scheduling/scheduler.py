@@ -140,6 +140,7 @@ class Scheduler:
 
         It has no chunks if there is no work, or if all of it waits for tokens of a step that still runs.
         """
+        self._started = []
         step = _Step(budget=self.max_num_batched_tokens)
         self._make_way(step)
         self._continue_running(step)

@@ -27,7 +27,16 @@ from fairlead_cpu.platform import CpuPlatform
 
 LAST = 500
 PROMPTS = {f"r{i}": tuple((7 * i + 3 * j) % 90 for j in range(5 + 9 * i)) for i in range(4)}
-SETTINGS: dict[str, Any] = {"block_size": 8, "num_blocks": 40, "max_model_len": 64, "max_num_batched_tokens": 32}
+_OPS = ("linear", "embedding", "rms_norm", "fused_add_rms_norm", "rotary_embedding", "silu_and_mul")
+SETTINGS: dict[str, Any] = {
+    "block_size": 8,
+    "num_blocks": 40,
+    "max_model_len": 64,
+    "max_num_batched_tokens": 32,
+    # Of torch's operators the fault injection sees all allocations; native kernels' are few.
+    "attention_backend": "sdpa",
+    "op_providers": [f"{op}=reference" for op in _OPS],
+}
 
 
 class FailingOps(TorchDispatchMode):

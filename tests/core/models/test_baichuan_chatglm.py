@@ -196,7 +196,7 @@ def write_checkpoint(directory: Path, config: dict[str, Any], seed: int) -> Path
         elif len(shape) == 1:
             drawn = 0.3 * drawn if name.endswith("bias") else 1 + 0.2 * drawn
         else:
-            drawn *= (2.3 if "W_pack" in name or "query" in name else 1.15) * shape[1] ** -0.5
+            drawn *= (2.0 if "W_pack" in name or "query" in name else 1.0) * shape[1] ** -0.5
         tensors[name] = drawn
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")

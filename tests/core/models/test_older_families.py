@@ -71,8 +71,8 @@ CASES = {
     "gptj": Case(model_type="gptj"),
     "phi": Case(model_type="phi", seed=3),
     "phi-grouped": Case(model_type="phi", settings={"num_key_value_heads": 4, "hidden_act": "gelu"}),
-    "falcon-7b": Case(model_type="falcon"),
-    "falcon-40b": Case(model_type="falcon", settings={"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-7b": Case(model_type="falcon", gain=1.0),
+    "falcon-40b": Case(model_type="falcon", settings={"new_decoder_architecture": True, "num_kv_heads": 2}, gain=1.0),
     "falcon-11b": Case(
         model_type="falcon",
         settings={
