@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from fairlead.errors import ConfigError
-from fairlead.errors import ConfigError
 from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVCache, MemoryAllocator
 from fairlead_cpu.native import Kernels
 
