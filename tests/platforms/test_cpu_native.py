@@ -27,7 +27,7 @@ def three_threads() -> Iterator[native.Kernels]:
 
 
 def parallel_for(kernels: native.Kernels, n: int, fn: Callable[[int, int], None]) -> None:
-    kernels.call.fl_parallel_for(ctypes.c_int64(n), FN(lambda ctx, begin, end: fn(begin, end)), None)
+    kernels.library.fl_parallel_for(ctypes.c_int64(n), FN(lambda ctx, begin, end: fn(begin, end)), None)
 
 
 @needs_library
@@ -96,7 +96,7 @@ kernels = native.Kernels(native.usable()[-1], topology.Layout(cpus=(-1, -1), bou
 FN = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 def total():
     sizes = []
-    kernels.call.fl_parallel_for(ctypes.c_int64(100), FN(lambda ctx, begin, end: sizes.append(end - begin)), None)
+    kernels.library.fl_parallel_for(ctypes.c_int64(100), FN(lambda ctx, begin, end: sizes.append(end - begin)), None)
     return sum(sizes)
 assert total() == 100
 child = os.fork()

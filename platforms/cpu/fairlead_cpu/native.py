@@ -111,12 +111,12 @@ class Kernels:
     def __init__(self, isa: str, layout: topology.Layout) -> None:
         self.isa = isa
         self.layout = layout
-        self._library = ctypes.CDLL(str(_LIB / f"libfairlead_cpu_{isa}.so"))
+        self.library = ctypes.CDLL(str(_LIB / f"libfairlead_cpu_{isa}.so"))
         self._recording_lock = threading.Lock()
         self.recording: tuple[int, list[RecordedCall]] | None = None
         self.call = types.SimpleNamespace()
         for name, (result, arguments) in SIGNATURES.items():
-            function = self._library[name]
+            function = self.library[name]
             function.restype, function.argtypes = result, arguments
             setattr(self.call, name, Function(name, function, self))
         built_for = self.call.fl_isa().decode()
@@ -131,7 +131,7 @@ class Kernels:
 
     def address(self, name: str) -> int:
         """Where an exported function stands."""
-        address = ctypes.cast(self._library[name], _P).value
+        address = ctypes.cast(self.library[name], _P).value
         assert address is not None
         return address
 

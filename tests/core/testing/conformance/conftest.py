@@ -15,7 +15,7 @@ ENTRY_POINTS = {
 }
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def plugins_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as pip makes it: modules, and the metadata of the distributions that brought them."""
     folder = tmp_path_factory.mktemp("site")
@@ -29,7 +29,7 @@ def plugins_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _known_plugins(plugins_folder: Path) -> Iterator[None]:
     """In this process and in those that it starts."""
     with pytest.MonkeyPatch.context() as patch:

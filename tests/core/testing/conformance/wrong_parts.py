@@ -43,7 +43,14 @@ class Right(CpuPlatform):
     def __init__(self, device: Device) -> None:
         super().__init__(device)
         self.name = "right"
-        self.capabilities = replace(self.capabilities, dtypes=("float32",), block_sizes=(16, 8))
+        self.capabilities = replace(
+            self.capabilities,
+            dtypes=("float32",),
+            block_sizes=(16, 8),
+            kv_layouts=("slots",),
+            quantization=tuple(scheme for scheme in self.own_methods if scheme != "unquantized"),
+            batch_invariant=False,
+        )
         self.defaults = replace(self.defaults, dtype="float32")
 
     def attention_backends(self) -> tuple[str, ...]:
