@@ -279,7 +279,9 @@ def test_a_request_that_can_never_run_is_refused(prompt: tuple[int, ...], n: int
 
 def test_a_sequence_counts_its_tokens() -> None:
     request = Request(request_id="r", prompt_token_ids=(1, 2, 3))
-    sequence = Sequence(seq_id=0, request=request, index=0, seed=0, token_ids=[1, 2, 3, 7, 8])
+    sequence = Sequence(
+        seq_id=0, key=(0.0, 0), max_num_tokens=100, request=request, index=0, seed=0, token_ids=[1, 2, 3, 7, 8]
+    )
     assert (sequence.num_tokens, sequence.num_prompt_tokens, sequence.num_output_tokens) == (5, 3, 2)
 
 
