@@ -131,7 +131,7 @@ class Scheduler:
         return request_id in self._requests
 
     def take_started(self) -> list[str]:
-        """Requests that were scheduled for the first time since the last call."""
+        """Requests that the latest step is the first of; each is told once."""
         started, self._started = self._started, []
         return started
 

@@ -2,6 +2,7 @@
 
 import bisect
 import ctypes
+import math
 import weakref
 
 import torch
@@ -23,16 +24,13 @@ class Arena:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised, contiguous tensor."""
-        num_items = 1
-        for size in shape:
-            num_items *= size
-        num_bytes = max(num_items * dtype.itemsize, 1)
-        taken = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        num_items = math.prod(shape)
+        if not num_items:
+            return torch.empty(shape, dtype=dtype)
+        taken = -(-num_items * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         buffer = (ctypes.c_char * taken).from_address(self._take(taken))
         weakref.finalize(buffer, self._give, ctypes.addressof(buffer), taken)
-        return (
-            torch.frombuffer(buffer, dtype=dtype, count=num_items).view(shape) if num_items else _nothing(shape, dtype)
-        )
+        return torch.frombuffer(buffer, dtype=dtype, count=num_items).view(shape)
 
     def _take(self, num_bytes: int) -> int:
         for i, (address, size) in enumerate(self._free):
@@ -56,7 +54,3 @@ class Arena:
             before, size = self._free.pop(i - 1)
             address, num_bytes, i = before, size + num_bytes, i - 1
         self._free.insert(i, (address, num_bytes))
-
-
-def _nothing(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype)
