@@ -21,10 +21,14 @@ RUN = """
 import sys
 from pathlib import Path
 import pytest
-from fairlead_cpu import native
-native._LIB = Path(sys.argv[1])
-assert native.usable() == (sys.argv[2],)
-raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-x", *sys.argv[3:]]))
+
+class Build:
+    def pytest_configure(self):  # not sooner: pytest rewrites the assertions of a plugin's package before it is imported
+        from fairlead_cpu import native
+        native._LIB = Path(sys.argv[1])
+        assert native.usable() == (sys.argv[2],)
+
+raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-x", *sys.argv[3:]], plugins=[Build()]))
 """
 
 
