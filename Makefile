@@ -1,8 +1,9 @@
-# make demo and make test do all of their own set-up, in $(VENV). Settings: PYTHON, VENV, PIP_ARGS, ARGS.
+# make demo and make test do all of their own set-up, in $(VENV). Settings: PYTHON, VENV, PIP_ARGS, ARGS, JOBS.
 #   make serve ARGS="--port 8080"     make test ARGS="-k scheduler"     make demo PYTHON=python3.12
 
 VENV ?= .venv
 PIP_ARGS ?=
+JOBS ?= 2
 ARGS ?=
 PROMPT ?= ROMEO:
 MODEL ?= demo
@@ -12,6 +13,12 @@ INSTALLED := $(VENV)/.installed
 DEV_INSTALLED := $(VENV)/.dev-installed
 PIP_INSTALL := $(RUN) pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard platforms/*/pyproject.toml platforms/*/hatch_build.py platforms/*/csrc/*)
+
+# In JOBS processes, then one for the tests that want the machine for themselves. 5: ARGS chose no test of a part.
+pytest = @first=0; last=0; \
+	$(RUN) pytest -n $(JOBS) --dist worksteal -m "not alone" $(1) $(ARGS) || first=$$?; \
+	$(RUN) pytest -m alone $(1) $(ARGS) || last=$$?; \
+	if [ $$last -eq 5 ] || { [ $$first -ne 0 ] && [ $$first -ne 5 ]; }; then exit $$first; fi; exit $$last
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -35,10 +42,11 @@ serve: $(INSTALLED)
 	$(BIN)/fairlead serve $(MODEL) $(ARGS)
 
 test: $(DEV_INSTALLED)
-	$(RUN) pytest $(ARGS)
+	$(call pytest,)
 
+test-full: export FAIRLEAD_TEST_FULL = 1
 test-full: $(DEV_INSTALLED)
-	FAIRLEAD_TEST_FULL=1 $(RUN) pytest --timeout=7200 $(ARGS)
+	$(call pytest,--timeout=7200)
 
 check: $(DEV_INSTALLED)
 	$(RUN) ruff check .

@@ -10,7 +10,15 @@ import pytest
 # processes that spin for each other on two cores cost ten times what they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+HERE = Path(__file__).parent
 FULL = os.environ.get("FAIRLEAD_TEST_FULL") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The server's tests run alone: they start processes, and wait for them as long as a promise lets them."""
+    for item in items:
+        if item.path.is_relative_to(HERE / "server"):
+            item.add_marker("alone")
 
 
 @pytest.fixture(scope="session")
