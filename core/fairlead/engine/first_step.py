@@ -41,8 +41,8 @@ def check_first_step(runner: ModelRunner, *, plugin: str, vocab_size: int) -> No
 
 @torch.inference_mode()
 def warm_up(runner: ModelRunner) -> None:
-    """Runs every bucket once."""
-    for size in runner.padded.buckets:
+    """Runs every bucket once, the largest first: the memory of its capture then serves all smaller ones."""
+    for size in reversed(runner.padded.buckets):
         runner.padded.logits(_run(runner, size, runner.backends))
 
 

@@ -15,7 +15,14 @@ from fairlead import plugins
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import CacheConfig, EngineConfig
 from fairlead.contract import memory_info
-from fairlead.engine.negotiation import head_size_reasons, make_backends, refusal, step_reasons
+from fairlead.engine.negotiation import (
+    backend_reason,
+    head_size_reasons,
+    kv_dtype_of,
+    make_backends,
+    refusal,
+    step_reasons,
+)
 from fairlead.errors import ConfigError, KVCacheMemoryError, ModelMemoryError
 from fairlead.interface import UNQUANTIZED, AttentionBackend, AttentionSpec, GraphRunner, Platform
 from fairlead.layers.attention import Attention
@@ -37,6 +44,7 @@ class Negotiated:
     max_num_seqs: int
     max_num_batched_tokens: int
     attention_backend: str
+    kv_dtype: str
     device_memory_utilization: float
     async_scheduling: bool
 
@@ -95,7 +103,14 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     backends: tuple[AttentionBackend, ...] = ()
     if settings.attention_backend in (names := platform.attention_backends()):
         tried = names if config.platform.attention_backend is None else (settings.attention_backend,)
-        backends, refused = make_backends(platform, tried, groups, block_size=settings.block_size, dtype=settings.dtype)
+        backends, refused = make_backends(
+            platform,
+            tried,
+            groups,
+            block_size=settings.block_size,
+            dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
+        )
         reasons += refused
     if reasons:
         raise refusal(platform, reasons)
@@ -215,7 +230,10 @@ def negotiate(
     wanted = config.platform.attention_backend or names[0]
     backend = next((name for name in names if name.lower() == wanted.lower()), None)
     if backend is None:
-        reasons.append(f"attention_backend {wanted} (it has {', '.join(names)})")
+        reasons.append(backend_reason(platform, wanted))
+    kv_dtype = kv_dtype_of(platform, config.cache.kv_cache_dtype)
+    if kv_dtype is None:
+        reasons.append(f"kv_cache_dtype {config.cache.kv_cache_dtype} (it has {', '.join(capabilities.kv_dtypes)})")
     is_async = config.scheduler.async_scheduling
     if config.cache.swap_space > 0 and platform.max_swap_bytes(0) is None:
         reasons.append(f"swap_space {config.cache.swap_space} (it cannot copy KV blocks to host memory)")
@@ -226,6 +244,7 @@ def negotiate(
         max_num_seqs=min(config.scheduler.max_num_seqs, capabilities.max_num_seqs or config.scheduler.max_num_seqs),
         max_num_batched_tokens=max_batched,
         attention_backend=backend or wanted,
+        kv_dtype=kv_dtype or "auto",
         device_memory_utilization=config.cache.device_memory_utilization or defaults.device_memory_utilization,
         async_scheduling=defaults.async_scheduling if is_async is None else is_async,
     )

@@ -42,12 +42,16 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """What the core asks a backend for: a group of layers of one kind. `block_size` is in tokens."""
+    """What the core asks a backend for: a group of layers of one kind. `block_size` is in tokens.
+
+    `dtype` is that of queries and results; `kv_dtype` is that of the cache, a torch name or "auto" for `dtype`.
+    """
 
     spec: AttentionSpec
     num_layers: int
     block_size: int
     dtype: str
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
