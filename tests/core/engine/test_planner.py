@@ -241,9 +241,7 @@ def test_a_cache_of_8_bits_is_of_the_kind_that_the_device_has(
 def test_the_reference_keeps_the_models_dtype_or_says_so(model: Path, platform: AcmePlatform) -> None:
     spec = AttentionSpec(num_heads=2, num_kv_heads=2, head_size=16, scale=1.0)
     shape = AttentionShape(spec=spec, num_layers=1, block_size=16, dtype="float32", kv_dtype="float8_e4m3fn")
-    with pytest.raises(
-        ConfigError, match="'reference' attention backend keeps float32 in its cache, not float8_e4"
-    ):
+    with pytest.raises(ConfigError, match="'reference' attention backend keeps float32 in its cache, not float8_e4"):
         ReferenceAttention(shape, platform.allocator, torch.device("cpu"))
 
 
