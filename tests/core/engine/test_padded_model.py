@@ -105,7 +105,7 @@ def test_tokens_do_not_depend_on_padding(
 def test_every_bucket_runs_before_the_first_request(tmp_path: Path, platform: Platform) -> None:
     runner = platform.runner = Static()
     LLM(str(write_tiny_llama(tmp_path)), platform="cpu", skip_tokenizer_init=True, max_num_batched_tokens=32)
-    assert runner.sizes[-len(BUCKETS) :] == list(BUCKETS)
+    assert runner.sizes[-len(BUCKETS) :] == list(reversed(BUCKETS))  # the memory of the largest serves all
 
 
 def test_padding_has_a_block_of_its_own(tmp_path: Path, platform: Platform) -> None:
