@@ -23,7 +23,8 @@ class TorchBuild:
     def kind(self) -> str:
         """For people: what was built."""
         kinds = (("CUDA", self.cuda), ("ROCm", self.hip), ("XPU", self.xpu))
-        return next((f"a {name} {version} build" for name, version in kinds if version), "a CPU build")
+        article = {"XPU": "an"}
+        return next((f"{article.get(n, 'a')} {n} {version} build" for n, version in kinds if version), "a CPU build")
 
 
 def installed_version(distribution: str) -> str | None:
