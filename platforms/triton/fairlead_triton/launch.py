@@ -1,10 +1,6 @@
-"""What the callers of kernels share: how rows lie, sizes of blocks, and whether kernels are interpreted."""
+"""What the callers of kernels share: how rows lie, and sizes of blocks."""
 
 import torch
-import triton
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Kernels run in Triton's interpreter, which multiplies the bits of bfloat16 as integers: products widen it first."""
 
 
 def power_of_two(size: int) -> int:

@@ -62,13 +62,13 @@ class Norms:
     def rms_norm_quantised(self, x_NE: Tensor, weight_E: Tensor, eps: float, dtype: torch.dtype) -> Quantised:
         """`rms_norm`, then `quantise_rows` to that dtype: one reading of x, and half or a quarter of the writing."""
         out = Quantised.empty(x_NE, dtype)
-        self._rms(x_NE, None, weight_E, eps, out.values, None, gemma=False, scales=out.scales)
+        self._rms(x_NE, None, weight_E, eps, None, None, gemma=False, quantised=out)
         return out
 
     def gemma_rms_norm_quantised(self, x_NE: Tensor, weight_E: Tensor, eps: float, dtype: torch.dtype) -> Quantised:
         """`gemma_rms_norm`, then `quantise_rows` to that dtype."""
         out = Quantised.empty(x_NE, dtype)
-        self._rms(x_NE, None, weight_E, eps, out.values, None, gemma=True, scales=out.scales)
+        self._rms(x_NE, None, weight_E, eps, None, None, gemma=True, quantised=out)
         return out
 
     def fused_add_rms_norm_quantised(
@@ -77,7 +77,7 @@ class Norms:
         """`fused_add_rms_norm`, its first result rounded by `quantise_rows` to that dtype."""
         total_NE = torch.empty(x_NE.shape, dtype=x_NE.dtype, device=x_NE.device)
         out = Quantised.empty(x_NE, dtype)
-        self._rms(x_NE, residual_NE, weight_E, eps, out.values, total_NE, gemma=False, scales=out.scales)
+        self._rms(x_NE, residual_NE, weight_E, eps, None, total_NE, gemma=False, quantised=out)
         return out, total_NE
 
     def layer_norm_quantised(
@@ -85,7 +85,7 @@ class Norms:
     ) -> Quantised:
         """`layer_norm`, then `quantise_rows` to that dtype."""
         out = Quantised.empty(x_NE, dtype)
-        self._layer(x_NE, weight_E, bias_E, eps, out.values, out.scales, EIGHT_BITS[dtype])
+        self._layer(x_NE, weight_E, bias_E, eps, out.raw(), out.scales, EIGHT_BITS[dtype])
         return out
 
     def _rms(
@@ -94,11 +94,11 @@ class Norms:
         residual: Tensor | None,
         weight_E: Tensor,
         eps: float,
-        out: Tensor,
+        out: Tensor | None,
         total: Tensor | None,
         *,
         gemma: bool,
-        scales: Tensor | None = None,
+        quantised: Quantised | None = None,
     ) -> None:
         x, num_rows, inner, outer_stride, inner_stride = rows_of(x)
         residual_strides = (0, 0)
@@ -112,9 +112,9 @@ class Norms:
             x,
             residual,
             weight_E,
-            out,
+            out if quantised is None else quantised.raw(),
             total,
-            scales,
+            None if quantised is None else quantised.scales,
             num_rows,
             x.shape[-1],
             inner,
@@ -126,7 +126,7 @@ class Norms:
             BLOCK=shape.block,
             HAS_RESIDUAL=residual is not None,
             GEMMA=gemma,
-            QUANT=0 if scales is None else EIGHT_BITS[out.dtype],
+            QUANT=0 if quantised is None else EIGHT_BITS[quantised.values.dtype],
             num_warps=shape.num_warps,
         )
 

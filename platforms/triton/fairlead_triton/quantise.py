@@ -35,6 +35,10 @@ class Quantised:
         values = torch.empty(x.shape, dtype=dtype, device=x.device)
         return cls(values=values, scales=torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device))
 
+    def raw(self) -> torch.Tensor:
+        """The values as kernels write them: floats as the bits of uint8."""
+        return self.values if self.values.dtype == torch.int8 else self.values.view(torch.uint8)
+
 
 class RowQuantiser:
     """Rounds rows. A row is one program's own: results do not depend on the batch."""
@@ -50,7 +54,7 @@ class RowQuantiser:
         if num_rows:
             kernels.quantise_rows_kernel[(num_rows,)](
                 x_NI,
-                out.values,
+                out.raw(),
                 out.scales,
                 width,
                 inner,

@@ -99,7 +99,7 @@ EIGHT = [torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz]
 
 
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
-@pytest.mark.parametrize("shape", [(1, 64), (3, 129), (2, 5, 100)])
+@pytest.mark.parametrize("shape", [(3, 129), (1, 3, 100)])
 def test_quantised_norms(shape: tuple[int, ...], eight: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
     skip_unknown(eight, device)
     x, residual = (random(*shape, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
@@ -121,7 +121,7 @@ def skip_unknown(eight: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("eight", EIGHT, ids=str)
-@pytest.mark.parametrize("width", [1, 127, 4095, 4097, 9000])
+@pytest.mark.parametrize("width", [1, 4095, 4097, 9000])
 def test_quantise_rows(width: int, eight: torch.dtype, device: torch.device) -> None:
     """The same bits as torch's own rounding, subnormal results included."""
     skip_unknown(eight, device)

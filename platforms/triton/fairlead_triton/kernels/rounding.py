@@ -27,17 +27,23 @@ def largest(KIND: tl.constexpr):
 
 @triton.jit
 def to_8_bits(x, KIND: tl.constexpr):
-    """float32 within ±largest(KIND) to that kind. Floats are rounded here, as targets differ in how they would."""
+    """float32 within ±largest(KIND) to that kind: int8 as such, floats as their bits in uint8.
+
+    Floats are rounded and encoded here: targets differ in how they would, and some know no such type at all.
+    """
     if KIND == INT8:
         return round_even(x).to(tl.int8)
     else:
+        bias: tl.constexpr = 7 if KIND == FP8_FN else 8
         bits = x.to(tl.int32, bitcast=True)
+        size = bits & 0x7FFFFFFF
         # Three bits of fraction stay of 23: half of the last one that stays is added, one less if it is even.
-        kept = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
-        normal = kept.to(tl.float32, bitcast=True)
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - ((127 - bias) << 3)
+        # Below the smallest normal number, 2^(1 - bias), steps are 2^(-2 - bias): their number is the code.
+        small = round_even(tl.minimum(tl.abs(x), 1.0) * (1 << (2 + bias))).to(tl.int32)
+        code = tl.where(size < ((128 - bias) << 23), small, normal)
         if KIND == FP8_FN:
-            small = (x + 24576.0) - 24576.0  # 1.5 * 2^23 steps of 2^-9
-            return tl.where(tl.abs(x) < 0.015625, small, normal).to(tl.float8e4nv)
+            negative = bits < 0
         else:
-            small = (x + 12288.0) - 12288.0  # 1.5 * 2^23 steps of 2^-10
-            return tl.where(tl.abs(x) < 0.0078125, small, normal).to(tl.float8e4b8)
+            negative = (bits < 0) & (code != 0)  # what would be negative zero is its NaN
+        return (code + negative.to(tl.int32) * 128).to(tl.uint8)
