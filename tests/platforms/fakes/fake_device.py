@@ -149,6 +149,9 @@ class FakeModule:
 
     # device, streams, seeds
 
+    def device_count(self) -> int:
+        return self.num_devices
+
     def current_device(self) -> int:
         return getattr(self.current, "index", 0)
 

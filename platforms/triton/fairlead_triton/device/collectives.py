@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from fairlead.errors import ConfigError
 from fairlead_triton.device.runtime import Runtime
 
 MakeGroup = Callable[[Any, int, int], Any]
 """Store, rank and size to a process group."""
+dist: Any = torch.distributed  # most of what is used here has no types
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 
