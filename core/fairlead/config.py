@@ -199,6 +199,7 @@ class PlatformConfig:
     )
     device: str | None = setting(None, "Device of that platform, such as 'cpu:0'; its first one if not given.")
     attention_backend: str | None = setting(None, "Attention backend of the platform, by name.")
+    enforce_eager: bool = setting(False, "Run every step as it comes, and capture none as a graph.")
     op_providers: tuple[str, ...] = setting((), "Providers of single ops as OP=PROVIDER, such as rms_norm=reference.")
 
     def __post_init__(self) -> None:

@@ -243,9 +243,7 @@ def why(platform: DevicePlatform, name: str) -> str:
 
 
 def test_a_library_that_is_not_there_says_why() -> None:
-    text = (
-        "attention_backend FLASH_ATTN (the package 'flash-attn' is not installed; it has triton, reference; not"
-    )
+    text = "attention_backend FLASH_ATTN (the package 'flash-attn' is not installed; it has triton, reference; not"
     assert why(make("cuda"), "flash_attn").startswith(text)
     broken = make("cuda", version=installed, load=fail)
     text = "flashinfer-python 0.6.1 cannot be imported: flashinfer_cuda.so: undefined symbol _ZN3c105"

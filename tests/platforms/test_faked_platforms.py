@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fairlead import LLM, SamplingParams
 from fairlead.testing.conformance import Kit, conform
+from fairlead.testing.tiny_model import write_tiny_llama
 
 HERE = Path(__file__).parent / "fakes"
 NAMES = ("cuda", "rocm", "xpu")
@@ -34,6 +36,15 @@ def _faked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def interpreted_kernels() -> None:
+    """tests/conftest.py asks for the interpreter where there is no accelerator."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip(
+            "the fake device's tensors are the host's, and Triton would compile for the accelerator of this one"
+        )
+
+
 @pytest.mark.usefixtures("_faked")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_device_code_passes_the_contract_tier_on_a_fake_device(name: str) -> None:
@@ -42,6 +53,33 @@ def test_the_device_code_passes_the_contract_tier_on_a_fake_device(name: str) ->
     assert [(r.name, r.message) for r in results if r.status == "failed"] == []
     assert len(results) > 18
     assert {r.name for r in results} >= {"graph runner", "streams and events", "allocator: pools go and come back"}
+
+
+@pytest.mark.usefixtures("_faked")
+def test_an_engine_on_a_fake_device_gives_the_references_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interpreted_kernels: None
+) -> None:
+    """The same model code, scheduler and sampler: only what the platform puts in differs."""
+    monkeypatch.setenv("FAIRLEAD_PLUGINS", "faked,cpu")
+    monkeypatch.setenv("FAKED_GRAPHS", "0")
+    model = str(write_tiny_llama(tmp_path))
+    prompts = [{"prompt_token_ids": list(range(3, 3 + n))} for n in (1, 9, 20)]
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=0)
+    tokens = {}
+    for platform, backend in (("cpu", "reference"), ("cuda", None)):
+        llm = LLM(
+            model,
+            platform=platform,
+            attention_backend=backend,
+            dtype="float32",
+            max_num_batched_tokens=16,
+            num_blocks=64,
+            skip_tokenizer_init=True,
+        )
+        assert llm.engine.info.attention_backend == (backend or "triton")
+        tokens[platform] = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
+        assert llm.engine.info.platform == platform
+    assert tokens["cuda"] == tokens["cpu"]
 
 
 def run(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -29,6 +29,7 @@ from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext
 from fairlead.models import loader, registry
 from fairlead.models.config import ModelShape
+from fairlead.ops.graph import PassThrough
 from fairlead.ops.table import choose_providers
 from fairlead.request import EngineInfo
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
@@ -84,6 +85,11 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     platform = plugins.create(record, device)
     settings, reasons = negotiate(config, checkpoint, shape, platform)
     graph_runner = platform.graph_runner()
+    if config.platform.enforce_eager:
+        if platform.capabilities.static_shapes:
+            reasons.append("enforce_eager (it runs steps of its buckets' sizes alone)")
+        else:
+            graph_runner = PassThrough()
     reasons += step_reasons(platform, graph_runner, max_num_batched_tokens=settings.max_num_batched_tokens)
     try:
         context, op_providers = _context(config, platform, settings)
