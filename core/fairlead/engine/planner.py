@@ -27,6 +27,7 @@ from fairlead.errors import ConfigError, KVCacheMemoryError, ModelMemoryError
 from fairlead.interface import UNQUANTIZED, AttentionBackend, AttentionSpec, GraphRunner, Platform
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models import loader, registry
 from fairlead.models.config import ModelShape
 from fairlead.ops.graph import PassThrough
@@ -65,11 +66,15 @@ class EnginePlan:
     backends: tuple[AttentionBackend, ...]
     cache_groups: tuple[CacheGroup, ...]
     info: EngineInfo
+    fuses_rotary: bool = False
+    """Backends that can rotate queries and keys do."""
 
     def build_model(self) -> torch.nn.Module:
         """The model, its weights on the meta device, its attention layers numbered by group."""
         model = registry.build_model(self.checkpoint.architecture, self.model_config, self.shape, self.context)
         number_layers(model)
+        if self.fuses_rotary:
+            give_rotary(model, self.backends)
         return model
 
 
@@ -120,6 +125,9 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         reasons += refused
     if reasons:
         raise refusal(platform, reasons)
+    fuses_rotary = not any(item.startswith("rotary_embedding=") for item in config.platform.op_providers)
+    if fuses_rotary and (takers := give_rotary(model, backends)):
+        op_providers["rotary_embedding"] = ", ".join(takers)
     _check_weights(weights_bytes, settings, platform)
     windows = [spec.sliding_window for spec in groups]
     block_bytes = [backend.block_bytes() for backend in backends]
@@ -134,6 +142,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         platform=platform,
         settings=settings,
         context=replace(context, max_model_len=settings.max_model_len),
+        fuses_rotary=fuses_rotary,
         op_providers=op_providers,
         graph_runner=graph_runner,
         backends=backends,
@@ -211,6 +220,15 @@ def number_layers(model: torch.nn.Module) -> dict[AttentionSpec, int]:
             layer.group = list(sizes).index(layer.spec)
             sizes[layer.spec] += 1
     return sizes
+
+
+def give_rotary(model: torch.nn.Module, backends: Seq[AttentionBackend]) -> tuple[str, ...]:
+    """Lets each layer's backend rotate its queries and keys, where it can; returns the names of those that do."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SelfAttention)]
+    owners = [backends[layer.attention.group] for layer in layers]
+    return tuple(
+        dict.fromkeys(b.name for layer, b in zip(layers, owners, strict=True) if layer.give_rotary(b))
+    )
 
 
 def negotiate(

@@ -19,8 +19,8 @@ import triton.language as tl
 
 from fairlead_triton.attention.interpreted import bound, dot
 
-FORMATS = {"auto": 0, "fp8_e4m3": 1, "fp8_e5m2": 2}
-"""What a stored element is: the model's dtype, or OCP fp8 bits in bytes."""
+FORMATS = {"auto": 0, "fp8_e4m3": 1, "float8_e4m3fn": 1, "fp8_e5m2": 2, "float8_e5m2": 2}
+"""What a stored element is: the model's dtype, or OCP fp8 bits in bytes, by the names that users and torch give them."""
 ENTRY: tl.constexpr = tl.constexpr(8)
 """Words of an entry of every section, see plan.py."""
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
