@@ -59,8 +59,8 @@ class Sampling:
         """See the reference: two readings of a row."""
         probs_RV = _rows(probs_RV)
         num_rows, num_tokens = probs_RV.shape
-        out_R = torch.empty(num_rows, dtype=torch.int64, device=probs_RV.device)
-        if num_rows:
+        out_R = torch.zeros(num_rows, dtype=torch.int64, device=probs_RV.device)
+        if num_rows and num_tokens > 1:
             kernels.draw_kernel[(num_rows,)](
                 probs_RV,
                 uniform_R.contiguous(),
@@ -77,8 +77,8 @@ class Sampling:
         for by bisection, some 20 readings of a row each, from the cache of the device."""
         probs_RV = _rows(probs_RV)
         num_rows, num_tokens = probs_RV.shape
-        out_R = torch.empty(num_rows, dtype=torch.int64, device=probs_RV.device)
-        if num_rows:
+        out_R = torch.zeros(num_rows, dtype=torch.int64, device=probs_RV.device)
+        if num_rows and num_tokens > 1:
             kernels.draw_filtered_kernel[(num_rows,)](
                 probs_RV,
                 settings_4R,

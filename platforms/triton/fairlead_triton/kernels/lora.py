@@ -17,7 +17,7 @@ def _next_adapter(adapter_M, last):
     return tl.min(tl.where(adapter_M > last, adapter_M, NO_MORE), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def lora_shrink_kernel(
     x,
     a,
@@ -54,7 +54,7 @@ def lora_shrink_kernel(
     tl.store(h + row_M.to(tl.int64)[:, None] * rank + rank_R[None, :], h_MR, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def lora_expand_kernel(
     y,
     h,

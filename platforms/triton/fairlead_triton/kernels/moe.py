@@ -80,7 +80,7 @@ def route_kernel(
     tl.store(experts + token * TOP_K + place_R, experts_R, mask=place_R < TOP_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def order_kernel(
     experts,
     rows,
@@ -120,7 +120,7 @@ def order_kernel(
     tl.store(target + filling, tl.zeros([BLOCK_M], dtype=tl.int32) + num_rows, mask=filling < own_tiles * BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "max_tiles"])
 def expert_matmul_kernel(
     x,
     weight,
@@ -166,7 +166,7 @@ def expert_matmul_kernel(
             b_KN = tl.load(weight_KN, mask=is_output_1N & is_input_K[:, None], other=0.0)
             acc_MN = dot(a_MK, b_KN, acc_MN)
             if GATED:
-                up_KN = weight_KN + num_outputs.to(tl.int64) * weight_output
+                up_KN = weight_KN + num_outputs * weight_output
                 b_KN = tl.load(up_KN, mask=is_output_1N & is_input_K[:, None], other=0.0)
                 up_MN = dot(a_MK, b_KN, up_MN)
             x_MK += BLOCK_K

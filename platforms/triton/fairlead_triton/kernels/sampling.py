@@ -13,7 +13,7 @@ NO_BITS = tl.constexpr(-1)
 MOST_BITS = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_places"])
 def penalties_kernel(logits, index, repetition, frequency, presence, num_places, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = places < num_places
