@@ -30,7 +30,7 @@ def _store(y, out, scales, places, rows, num_rows, columns, width, QUANT: tl.con
         tl.store(out + places, to_8_bits(scaled, QUANT), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x,
     residual,
@@ -75,7 +75,7 @@ def rms_norm_kernel(
     _store(y, out, scales, places, rows, num_rows, columns, width, QUANT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def layer_norm_kernel(
     x,
     weight,
