@@ -13,7 +13,7 @@ from fairlead.config import EngineConfig
 from fairlead.contract import check_platform
 from fairlead.engine.negotiation import backend_reason, kv_dtype_of
 from fairlead.errors import ConfigError
-from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec
+from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec, LinearShape
 from fairlead.ops import reference
 from fairlead.ops.attention import ReferenceAttention
 from fairlead_rocm.platform import Arch
@@ -68,7 +68,6 @@ def test_an_old_nvidia_device_has_no_bfloat16(capability: tuple[int, int], dtype
         ("gfx1100", True, None),
         ("gfx1201", True, torch.float8_e4m3fn),
         ("gfx1300", True, torch.float8_e4m3fn),  # one that nobody has listed works as its family does
-        ("unknown", False, None),
     ],
 )
 def test_an_amd_device_is_known_by_its_architecture(name: str, has_bfloat16: bool, fp8: Any) -> None:
@@ -79,6 +78,32 @@ def test_an_amd_device_is_known_by_its_architecture(name: str, has_bfloat16: boo
     assert platform.defaults.dtype == ("bfloat16" if has_bfloat16 else "float16")
     assert platform.traits.native_fp8 is (fp8 is torch.float8_e4m3fn)
     assert platform.tuning_key == name.partition(":")[0]
+
+
+def test_a_name_that_is_no_architecture_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no device is called 'oddity' here"):
+        make("rocm", module=FakeModule(properties={"gcnArchName": "oddity:xnack-"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "methods"),
+    [
+        ("cuda", {"capability": (9, 0)}, ["scaled_mm", "triton"]),
+        ("cuda", {"capability": (8, 0)}, None),
+        ("rocm", {"properties": {"gcnArchName": "gfx942"}}, ["scaled_mm", "triton"]),
+        ("rocm", {"properties": {"gcnArchName": "gfx1100"}}, None),
+        ("xpu", {}, None),
+    ],
+)
+def test_fp8_is_a_scheme_of_devices_that_multiply_it(name: str, changes: dict[str, Any], methods: Any) -> None:
+    platform = make(name, module=FakeModule(total_bytes=GIB, **changes))
+    found = platform.linear_methods().get("fp8")
+    assert (found and [method.name for method in found]) == methods
+    assert platform.capabilities.quantization == ("int8", "int4", *(("fp8",) if methods else ()))
+    shape = LinearShape(in_features=64, out_features=64, dtype="bfloat16")
+    if found:
+        chosen = next(method.name for method in found if method.refuses(shape) is None)
+        assert chosen == ("scaled_mm" if name == "cuda" else "triton")
 
 
 def test_another_device_of_several() -> None:

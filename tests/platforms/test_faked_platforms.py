@@ -19,10 +19,11 @@ NAMES = ("cuda", "rocm", "xpu")
 REASONS = {"cuda": "no NVIDIA driver: ", "rocm": "no AMD driver: ", "xpu": "no Intel GPU: "}
 
 
-@pytest.fixture(scope="module")
-def _faked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+@pytest.fixture
+def _faked(tmp_path: Path) -> Iterator[None]:
     """The plugin of fakes/ as if pip had installed it, and none beside it."""
-    folder = tmp_path_factory.mktemp("site")
+    folder = tmp_path / "site"
+    folder.mkdir()
     for file in HERE.glob("*.py"):
         shutil.copy(file, folder)
     metadata = folder / "acme_faked-1.0.dist-info"

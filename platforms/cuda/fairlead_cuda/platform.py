@@ -11,7 +11,7 @@ from fairlead.interface import AttentionBackend, AttentionShape, Capabilities, D
 from fairlead_cuda.flashinfer import NAME as FLASHINFER
 from fairlead_cuda.flashinfer import FlashInferAttention
 from fairlead_triton.attention.tiles import DeviceTraits
-from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention
+from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention, triton_linear, triton_ops
 from fairlead_triton.device.libraries import Version, installed_version
 from fairlead_triton.device.platform import DevicePlatform
 from fairlead_triton.device.runtime import Runtime, torch_runtime
@@ -41,6 +41,7 @@ class CudaPlatform(DevicePlatform):
         super().__init__(device, runtime)
         properties = runtime.module.get_device_properties(runtime.index)
         self.capability = (properties.major, properties.minor)
+        self.tuning_key = "sm_" + "".join(map(str, self.capability))
         self.traits = DeviceTraits(
             shared_memory_bytes=getattr(properties, "shared_memory_per_block_optin", 64 * 1024),
             num_processors=getattr(properties, "multi_processor_count", 64),
@@ -48,6 +49,8 @@ class CudaPlatform(DevicePlatform):
             native_fp8=self.capability >= _FIRST_FP8,
         )
         self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)
+        self.providers = triton_ops(self.tuning_key)
+        self.methods = triton_linear(self.tuning_key, self.device_allocator)
         self._add_libraries(version, load)
         has_bfloat16 = self.capability >= (8, 0)
         block_sizes: tuple[int, ...] = TRITON_BLOCK_SIZES
