@@ -96,7 +96,8 @@ class Matmul:
         if x_NI.stride(1) != 1:
             x_NI = x_NI.contiguous()
         if num_rows:
-            settings = _by_rows(self._int4, num_rows)
+            # float32, which is for comparisons, would spill in tiles as large as those of 16 bits.
+            settings = _by_rows(self._int4, num_rows) if x_NI.element_size() == 2 else self._int4[0]
             kernels.int4_kernel[_grid(settings, num_rows, num_outputs)](
                 x_NI,
                 weight,

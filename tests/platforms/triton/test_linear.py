@@ -13,7 +13,7 @@ from fairlead.ops.memory import PooledAllocator
 from fairlead.ops.table import OP_NAMES, choose_ops
 from fairlead_triton.ops import providers
 
-SHAPES = [(0, 17, 40), (1, 33, 128), (16, 40, 129), (17, 70, 300)]
+SHAPES = [(0, 17, 40), (1, 33, 128), (17, 40, 129)]
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -68,7 +68,7 @@ def test_schemes(
 def test_int8_is_the_references_very_sum(device: torch.device, allocator: PooledAllocator) -> None:
     """Integers: float32 rows give what the reference gives, whatever shares the batch."""
     method, own = linear_methods("sm_90", allocator)["int8"][0], reference.Int8Linear()
-    x = random(20, 200, seed=0, dtype=torch.float32, device=device)
+    x = random(18, 200, seed=0, dtype=torch.float32, device=device)
     weight = {"weight": random(30, 200, seed=1, dtype=torch.float32, device=device)}
     packed = method.pack(weight)
     whole = method.apply(x, packed, None)
@@ -83,12 +83,12 @@ def test_int8_refuses_sums_that_overflow(allocator: PooledAllocator) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fp8(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, allocator: PooledAllocator) -> None:
+def test_fp8(shape: tuple[int, int, int], device: torch.device, allocator: PooledAllocator) -> None:
     """Rounding rows to 4 significant bits costs up to 2^-4 each, a third of it on average."""
     method = Fp8Linear(Tuning("sm_90"), allocator)
     if device.type != "cpu":
         pytest.skip("on a device its own 8-bit floats are tested, by test_fp8_on_its_device")
-    check(method, shape, dtype, device, 0.04)
+    check(method, shape, torch.bfloat16, device, 0.04)
 
 
 def test_fp8_on_its_device(device: torch.device, allocator: PooledAllocator) -> None:
@@ -127,7 +127,7 @@ def test_fp8_says_where_it_cannot_be(allocator: PooledAllocator) -> None:
         assert method.refuses(refused) is not None
 
 
-@pytest.mark.parametrize("shape", [(0, 17, 40), (1, 1, 1), (1, 33, 300), (16, 40, 129), (17, 40, 64)])
+@pytest.mark.parametrize("shape", [(0, 17, 40), (1, 1, 1), (16, 40, 300), (17, 40, 64)])
 def test_plain(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     num_rows, num_outputs, num_inputs = shape
     x = random(num_rows, num_inputs + 1, seed=0, dtype=dtype, device=device)[:, 1:]

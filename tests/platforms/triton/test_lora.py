@@ -15,7 +15,7 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-@pytest.mark.parametrize(("num_rows", "rank"), [(0, 8), (1, 1), (15, 16), (17, 65), (33, 5)])
+@pytest.mark.parametrize(("num_rows", "rank"), [(0, 8), (1, 1), (17, 65)])
 def test_adapters(num_rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
     bound = TOLERANCE[str(dtype).removeprefix("torch.")]
     adapters = torch.randint(0, 4, (num_rows,), generator=torch.Generator().manual_seed(num_rows)).to(device)
@@ -46,7 +46,7 @@ def test_rows_without_adapter_keep_their_bits(device: torch.device) -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype, device: torch.device) -> None:
-    x, a = random(9, 300, seed=0).to(dtype).to(device), random(6, 16, 300, seed=1).to(dtype).to(device)
-    mixed = torch.tensor([1, 2, 3, 1, 0, 5, 4, 1, 2], device=device)
-    alone = torch.cat([OPS.lora_shrink(x[i : i + 1], a, mixed[i : i + 1]) for i in range(9)])
+    x, a = random(5, 300, seed=0).to(dtype).to(device), random(4, 16, 300, seed=1).to(dtype).to(device)
+    mixed = torch.tensor([1, 2, 0, 3, 1], device=device)
+    alone = torch.cat([OPS.lora_shrink(x[i : i + 1], a, mixed[i : i + 1]) for i in range(5)])
     assert torch.equal(OPS.lora_shrink(x, a, mixed), alone)
