@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from fairlead_triton.norm import Norms
-from fairlead_triton.quantise import LARGEST, Quantised, RowQuantiser
-from fairlead_triton.tuning import Tuning
 
 from fairlead.ops import reference
 from fairlead.ops.table import TOLERANCE
+from fairlead_triton.norm import Norms
+from fairlead_triton.quantise import LARGEST, Quantised, RowQuantiser
+from fairlead_triton.tuning import Tuning
 
 EPS = 1e-5
 NORMS = Norms(Tuning("sm_90"))
