@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from aot import QUICK_TARGETS, TARGETS, Case, Compiled, compile_cases
+
+from fairlead.interface import MoeSpec
 from fairlead_triton.elementwise import Elementwise
 from fairlead_triton.kernels import elementwise, lora, matmul, moe, norm, quantise, sampling
 from fairlead_triton.linear import fp8_dtype
@@ -21,8 +23,6 @@ from fairlead_triton.norm import Norms
 from fairlead_triton.quantise import Quantised, RowQuantiser
 from fairlead_triton.sampling import Sampling
 from fairlead_triton.tuning import Tuning
-
-from fairlead.interface import MoeSpec
 
 MODULES = (elementwise, lora, matmul, moe, norm, quantise, sampling)
 NEVER_SPECIALISED = ("num_rows", "max_tiles", "num_places")
@@ -73,7 +73,9 @@ def launches(tuning: Tuning) -> dict[str, Callable[[], object]]:
         "rotary": lambda: rotate(ew, interleaved=False),
         "rotary_interleaved": lambda: rotate(ew, interleaved=True),
         "embedding": lambda: ew.embedding(adapter_N, meta(V, E)),
-        "copy_blocks": lambda: ew.copy_blocks([meta(64, 16, 8, D)] * 3, [meta(64, 16, 8, D)] * 3, meta(4, 2, dtype=I64)),
+        "copy_blocks": lambda: ew.copy_blocks(
+            [meta(64, 16, 8, D)] * 3, [meta(64, 16, 8, D)] * 3, meta(4, 2, dtype=I64)
+        ),
         "penalties": lambda: draws.apply_penalties(
             probs, meta(99, dtype=I64), *(meta(99, dtype=F32) for _ in range(3))
         ),
@@ -96,7 +98,6 @@ def launches(tuning: Tuning) -> dict[str, Callable[[], object]]:
         for kind, dtype in kinds.items():
             calls[f"{kind}_{size}"] = eight_bit(products, num_rows, dtype)
         calls[f"int4_{size}"] = int4(products, num_rows, BF16)
-    calls["int4_float32"] = int4(products, 512, F32)
     return calls
 
 
@@ -130,7 +131,8 @@ class Recorder:
         self._kernel, self._names, self._cases = f"{module.__name__}:{name}", getattr(module, name).arg_names, cases
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        assert all(0 < size < 2**31 for size in grid) and all(size < 65536 for size in grid[1:])
+        assert all(0 < size < 2**31 for size in grid)
+        assert all(size < 65536 for size in grid[1:])
         return self._launch
 
     def _launch(self, *args: Any, num_warps: int, num_stages: int = 2, **constexprs: Any) -> None:
@@ -185,7 +187,9 @@ def unique(target: str, *, only: tuple[str, ...] | None = None) -> list[Case]:
     for label, case in cases_of(target):
         is_new = all({**_fields(case), "label": ""} != {**_fields(other), "label": ""} for other in found.values())
         if is_new and (only is None or label in only):
-            number = sum(other.kernel == case.kernel and other.label.startswith(label + "#") for other in found.values())
+            number = sum(
+                other.kernel == case.kernel and other.label.startswith(label + "#") for other in found.values()
+            )
             named = Case(**{**_fields(case), "label": f"{label}#{number}"})
             found[named.name] = named
     return list(found.values())
@@ -193,7 +197,10 @@ def unique(target: str, *, only: tuple[str, ...] | None = None) -> list[Case]:
 
 def one_of_each(target: str) -> list[Case]:
     """The first case of each kernel, and the products of fp8 beside those of int8."""
-    cases = {case.kernel + case.label[:3] * case.kernel.endswith("eight_bit_kernel"): case for case in reversed(unique(target))}
+    cases = {
+        case.kernel + case.label[:3] * case.kernel.endswith("eight_bit_kernel"): case
+        for case in reversed(unique(target))
+    }
     return list(cases.values())
 
 

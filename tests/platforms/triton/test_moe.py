@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fairlead_triton.moe import Moe
-from fairlead_triton.tuning import Tuning, read_table
 
 from fairlead.interface import MoeSpec
 from fairlead.ops import reference
 from fairlead.ops.table import TOLERANCE
+from fairlead_triton.moe import Moe
+from fairlead_triton.tuning import Tuning, read_table
 
 TINY = """
 [moe_order.default]
@@ -80,15 +80,16 @@ def test_moe(num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
     gate_up = random(spec.num_experts, 2 * inner, width, seed=2, scale=0.1).to(dtype).to(device)
     down = random(spec.num_experts, inner, width, seed=3, scale=0.1).to(dtype).to(device).transpose(1, 2)
     got = SHORT.moe(x, logits, None, gate_up, down, spec)
-    assert got.shape == x.shape and got.dtype == dtype
+    assert got.shape == x.shape
+    assert got.dtype == dtype
     if num_tokens:
         expected = reference.moe(x.float(), logits, None, gate_up.float(), down.float(), spec)
         bound = TOLERANCE[str(dtype).removeprefix("torch.")]
         torch.testing.assert_close(got.float(), expected, atol=bound, rtol=bound)
 
 
-@pytest.mark.parametrize("spec", [SPECS[2], SPECS[3]], ids=str)
-def test_moe_with_the_packages_own_settings(spec: MoeSpec, device: torch.device) -> None:
+def test_moe_with_the_packages_own_settings(device: torch.device) -> None:
+    spec = MoeSpec(num_experts=3, top_k=2, scoring="sigmoid")
     x, logits = random(3, 130, seed=0).to(device), random(3, spec.num_experts, seed=1).to(device)
     correction = random(spec.num_experts, seed=4, scale=0.1).to(device)
     gate_up = random(spec.num_experts, 140, 130, seed=2, scale=0.1).to(device)

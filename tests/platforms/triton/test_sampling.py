@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fairlead_triton.sampling import Sampling
-from fairlead_triton.tuning import Tuning, read_table
 
 from fairlead.ops import reference
+from fairlead_triton.sampling import Sampling
+from fairlead_triton.tuning import Tuning, read_table
 
 OPS = Sampling(Tuning("sm_90"))
 # Blocks far shorter than rows, so that small rows cross many of them.
@@ -74,7 +74,7 @@ Maker = Callable[[int, int, torch.Generator], torch.Tensor]
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("num_tokens", [1, 65, 130])
+@pytest.mark.parametrize("num_tokens", [1, 65])
 def test_draw(num_tokens: int, make: Maker, device: torch.device, count: Callable[..., int]) -> None:
     rng = generator(num_tokens)
     probs = make(count(6, full=200), num_tokens, rng)
@@ -102,7 +102,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("num_tokens", [1, 65, 130])
+@pytest.mark.parametrize("num_tokens", [1, 100])
 def test_draw_filtered(num_tokens: int, make: Maker, device: torch.device, count: Callable[..., int]) -> None:
     rng = generator(num_tokens)
     repeats = count(1, full=40)
@@ -113,7 +113,7 @@ def test_draw_filtered(num_tokens: int, make: Maker, device: torch.device, count
     settings = torch.cat((torch.tensor(rows, dtype=torch.float64).t(), uniform[None]))
     max_top_k = int(max(k for k, _, _ in rows if k < num_tokens))
     expected = reference.draw_filtered(probs, settings, max_top_k)
-    for ops in (SHORT,) if num_tokens > 65 else (OPS,):
+    for ops in (OPS, SHORT) if make is tied else (SHORT,):
         assert ops.draw_filtered(probs.to(device), settings.to(device), max_top_k).tolist() == expected.tolist()
 
 
