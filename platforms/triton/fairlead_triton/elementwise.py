@@ -55,7 +55,8 @@ class Elementwise:
     ) -> tuple[Tensor, Tensor]:
         """See the reference; sums are rounded once, at the end."""
         q_THD, k_TKD = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TKD))
-        assert cos_PD.stride() == sin_PD.stride() and cos_PD.stride(-1) == 1
+        assert cos_PD.stride() == sin_PD.stride()
+        assert cos_PD.stride(-1) == 1
         num_tokens, num_q_heads, head_size = q_THD.shape
         num_k_heads = k_TKD.shape[1]
         q_out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
@@ -120,7 +121,8 @@ class Elementwise:
         strides = [cache.stride(0) * cache.element_size() for cache in (first, other)]
         for cache, like in (*((s, first) for s in sources), *((t, other) for t in targets)):
             same = cache.shape[1:] == first.shape[1:] and cache.dtype == first.dtype and cache.stride() == like.stride()
-            assert same and cache[:1].is_contiguous(), "caches of one shape, dtype and layout, their blocks contiguous"
+            assert same, "caches of one shape, dtype and layout"
+            assert cache[:1].is_contiguous(), "blocks that are contiguous"
         assert not any(n % _WORD_BYTES for n in (block_bytes, *strides)), "blocks of whole words"
         if len(pairs_P2) == 0 or not sources:
             return

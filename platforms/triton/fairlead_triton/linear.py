@@ -83,8 +83,8 @@ class Int4Linear:
         assert INT4_GROUP == 2 * INT4_HALF
 
     def refuses(self, shape: LinearShape) -> str | None:
-        """Never."""
-        return None
+        """float32, whose tiles spill: it is for comparisons, which the reference serves."""
+        return None if shape.dtype != "float32" else "the kernel multiplies rows of 16 bits, not float32"
 
     def packed_bytes(self, shape: LinearShape) -> int:
         """Half a byte a weight and a scale a group, the last of which is filled up."""
@@ -99,8 +99,8 @@ class Int4Linear:
         scales_OG = self._allocator.empty((num_outputs, num_groups), torch.float32, tag="weights")
 
         def keep(rows: slice, part: QuantizedWeight) -> None:
-            low, high = (part.values + 8).to(torch.uint8).split(INT4_HALF, dim=-1)
-            values[rows] = (low | (high << 4)).flatten(1)
+            numbers = (part.values + 8).to(torch.uint8)
+            values[rows] = (numbers[..., :INT4_HALF] | (numbers[..., INT4_HALF:] << 4)).flatten(1)
             scales_OG[rows] = part.scales[..., 0]
 
         _in_slices(weight_OI, INT4_GROUP, 7, keep)
@@ -120,10 +120,7 @@ class Int4Linear:
 
 
 class Fp8Linear:
-    """Weights rounded to 8-bit floats by output, rows by token, multiplied by a Triton kernel.
-
-    The contract has no scheme of this name yet, so `linear_methods` does not offer it; see `fp8_methods`.
-    """
+    """Scheme "fp8": weights rounded to the device's 8-bit floats by output, rows by token."""
 
     name = NAME
 
@@ -155,13 +152,15 @@ class Fp8Linear:
 
     def apply(self, x_NI: Tensor, packed: object, bias_O: Tensor | None) -> Tensor:
         """Two launches: rows are rounded, then multiplied."""
-        assert isinstance(packed, PackedWeight) and self._dtype is not None
+        assert isinstance(packed, PackedWeight)
+        assert self._dtype is not None
         rows = self._quantise(x_NI, self._dtype)
         return self._matmul.eight_bit(rows, packed.values.view(self._dtype), packed.scales, bias_O, x_NI.dtype)
 
     def dequantise(self, packed: object) -> Tensor:
         """In float32."""
-        assert isinstance(packed, PackedWeight) and self._dtype is not None
+        assert isinstance(packed, PackedWeight)
+        assert self._dtype is not None
         return packed.values.view(self._dtype)[:, : packed.in_features].float() * packed.scales[:, None]
 
 
@@ -182,7 +181,8 @@ class ScaledMatmulLinear(Fp8Linear):
 
     def apply(self, x_NI: Tensor, packed: object, bias_O: Tensor | None) -> Tensor:
         """Rows are rounded, then multiplied by torch; the bias is added in bfloat16."""
-        assert isinstance(packed, PackedWeight) and self._dtype is not None
+        assert isinstance(packed, PackedWeight)
+        assert self._dtype is not None
         if len(x_NI) == 0:
             return torch.empty((0, len(packed.scales)), dtype=x_NI.dtype, device=x_NI.device)
         rows = self._quantise(x_NI, self._dtype)
@@ -199,11 +199,17 @@ class ScaledMatmulLinear(Fp8Linear):
 def linear_methods(device: str, allocator: MemoryAllocator) -> Mapping[str, tuple[LinearMethod, ...]]:
     """The methods of a device (see `tuning`) by scheme. Unquantised weights go through the op "linear"."""
     tuning = Tuning(device)
-    return {"int8": (Int8Linear(tuning, allocator),), "int4": (Int4Linear(tuning, allocator),)}
+    methods: dict[str, tuple[LinearMethod, ...]] = {
+        "int8": (Int8Linear(tuning, allocator),),
+        "int4": (Int4Linear(tuning, allocator),),
+    }
+    if fp8_dtype(device) is not None:
+        methods["fp8"] = fp8_methods(device, allocator)
+    return methods
 
 
 def fp8_methods(device: str, allocator: MemoryAllocator) -> tuple[LinearMethod, ...]:
-    """The methods of 8-bit floats, the preferred one first, for when the contract has the scheme."""
+    """The methods of the scheme "fp8", torch's first; both refuse where the device multiplies no such floats."""
     tuning = Tuning(device)
     return ScaledMatmulLinear(tuning, allocator), Fp8Linear(tuning, allocator)
 

@@ -90,7 +90,7 @@ class Matmul:
         return out_NO
 
     def int4(self, x_NI: Tensor, weight: Tensor, scales_OG: Tensor, bias_O: Tensor | None) -> Tensor:
-        """(N, O) in x's dtype. The weight is uint8 (O, G * INT4_HALF), see `kernels.matmul.int4_kernel`."""
+        """(N, O) in x's dtype of 16 bits. The weight is uint8 (O, G * INT4_HALF), see `kernels.matmul.int4_kernel`."""
         (num_rows, num_inputs), (num_outputs, num_groups) = x_NI.shape, scales_OG.shape
         out_NO = torch.empty((num_rows, num_outputs), dtype=x_NI.dtype, device=x_NI.device)
         if x_NI.stride(1) != 1:

@@ -68,7 +68,9 @@ class Moe:
         if x_TE.stride(1) != 1:
             x_TE = x_TE.contiguous()
         weights_TR, experts_TR = self.route(logits_TX, correction_X, spec)
-        settings = self._small if num_tokens <= self._large["small_tokens"] else self._large
+        # float32, which is for comparisons, would spill in large tiles.
+        is_small = num_tokens <= self._large["small_tokens"] or x_TE.element_size() > 2
+        settings = self._small if is_small else self._large
         order = self._order_rows(experts_TR, spec.num_experts, settings["block_m"])
         hidden_NF = torch.empty((experts_TR.numel(), down_XEF.shape[2]), dtype=x_TE.dtype, device=x_TE.device)
         self._multiply(x_TE, gate_up_X2FE, None, hidden_NF, order, spec.top_k, settings)
@@ -84,9 +86,10 @@ class Moe:
         """(rows by tile, experts by tile, number of tiles), of as many tiles as there can be."""
         num_rows = experts_TR.numel()
         max_tiles = min(num_rows, num_experts + num_rows // block_m)
-        rows, tile_experts, num_tiles = torch.empty(
-            max_tiles * block_m + max_tiles + 1, dtype=torch.int32, device=experts_TR.device
-        ).split((max_tiles * block_m, max_tiles, 1))
+        num_places = max_tiles * block_m
+        memory = torch.empty(num_places + max_tiles + 1, dtype=torch.int32, device=experts_TR.device)
+        rows, tile_experts = memory[:num_places], memory[num_places : num_places + max_tiles]
+        num_tiles = memory[num_places + max_tiles :]
         block = min(self._order["block"], max(power_of_two(num_rows), 16))
         kernels.order_kernel[(num_experts,)](
             experts_TR,
@@ -129,7 +132,7 @@ class Moe:
             GATED=row_weights is None,
             BLOCK_M=settings["block_m"],
             BLOCK_N=settings["block_n"],
-            BLOCK_K=settings["block_k"] * 2 // x.element_size() if x.element_size() > 2 else settings["block_k"],
+            BLOCK_K=settings["block_k"] * 2 // x.element_size(),
             num_warps=settings["num_warps"],
             num_stages=settings["num_stages"],
         )

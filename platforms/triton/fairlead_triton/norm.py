@@ -131,7 +131,14 @@ class Norms:
         )
 
     def _layer(
-        self, x: Tensor, weight_E: Tensor, bias_E: Tensor | None, eps: float, out: Tensor, scales: Tensor | None, quant: int
+        self,
+        x: Tensor,
+        weight_E: Tensor,
+        bias_E: Tensor | None,
+        eps: float,
+        out: Tensor,
+        scales: Tensor | None,
+        quant: int,
     ) -> None:
         x, num_rows, inner, outer_stride, inner_stride = rows_of(x)
         if num_rows == 0:

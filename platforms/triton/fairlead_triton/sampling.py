@@ -23,7 +23,8 @@ class Sampling:
         self, logits_SV: Tensor, index_N: Tensor, repetition_N: Tensor, frequency_N: Tensor, presence_N: Tensor
     ) -> None:
         """See the reference."""
-        assert logits_SV.dtype == torch.float32 and logits_SV.is_contiguous()
+        assert logits_SV.dtype == torch.float32
+        assert logits_SV.is_contiguous()
         if len(index_N) == 0:
             return
         block = self._edit["block"]
@@ -73,8 +74,8 @@ class Sampling:
         return out_R
 
     def draw_filtered(self, probs_RV: Tensor, settings_4R: Tensor, max_top_k: int) -> Tensor:
-        """See the reference. Nothing is sorted: the last probability that is kept and the one that is drawn are searched
-        for by bisection, some 20 readings of a row each, from the cache of the device."""
+        """See the reference. Nothing is sorted: the last probability that is kept and the one that is drawn are found
+        by bisection, in some 20 readings of a row each, from the device's cache."""
         probs_RV = _rows(probs_RV)
         num_rows, num_tokens = probs_RV.shape
         out_R = torch.zeros(num_rows, dtype=torch.int64, device=probs_RV.device)

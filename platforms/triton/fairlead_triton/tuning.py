@@ -32,9 +32,7 @@ class Tuning:
             raise ConfigError(f"no device is called {device!r} here; keys are such as 'sm_90', 'gfx942', 'xpu'")
         self.device, self.family = device, family[1]
         self._kernels = {
-            kernel: MappingProxyType(
-                {**devices[DEFAULT], **devices.get(self.family, {}), **devices.get(device, {})}
-            )
+            kernel: MappingProxyType({**devices[DEFAULT], **devices.get(self.family, {}), **devices.get(device, {})})
             for kernel, devices in (_package_table() if table is None else table).items()
         }
 

@@ -8,7 +8,11 @@ KERNEL = "aot_sample:sum_kernel"
 
 def sample(size: int, label: str, num_warps: int = 4) -> Case:
     return Case(
-        kernel=KERNEL, signature={"x": "*fp32", "o": "*fp32"}, constexprs={"SIZE": size}, num_warps=num_warps, label=label
+        kernel=KERNEL,
+        signature={"x": "*fp32", "o": "*fp32"},
+        constexprs={"SIZE": size},
+        num_warps=num_warps,
+        label=label,
     )
 
 

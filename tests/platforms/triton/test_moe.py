@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fairlead_triton.moe import Moe
-from fairlead_triton.tuning import Tuning, read_table
 
 from fairlead.interface import MoeSpec
 from fairlead.ops import reference
 from fairlead.ops.table import TOLERANCE
+from fairlead_triton.moe import Moe
+from fairlead_triton.tuning import Tuning, read_table
 
 TINY = """
 [moe_order.default]
@@ -50,7 +50,7 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("has_correction", [False, True])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_routing(spec: MoeSpec, has_correction: bool, dtype: torch.dtype, device: torch.device) -> None:
-    logits = random(9, spec.num_experts, seed=0).to(dtype).to(device)
+    logits = random(4, spec.num_experts, seed=0).to(dtype).to(device)
     # Equal scores may be taken in any order: bfloat16's few values are told apart by the column.
     logits += (torch.arange(spec.num_experts, device=device) * 0.03125).to(dtype)
     correction = random(spec.num_experts, seed=1, scale=0.3).to(device) if has_correction else None
@@ -71,25 +71,26 @@ def test_routing_of_what_is_no_number_stays_among_the_experts(device: torch.devi
     assert ((experts >= 0) & (experts < 6)).all()
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 8, 9, 37])
+@pytest.mark.parametrize("num_tokens", [0, 1, 11])
 def test_moe(num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
     spec = SPECS[1]
-    width, inner = 50, 33
+    width, inner = 37, 18
     x = random(num_tokens, width + 5, seed=0).to(dtype).to(device)[:, 3:-2]
     logits = random(num_tokens, spec.num_experts, seed=1).to(device)
     gate_up = random(spec.num_experts, 2 * inner, width, seed=2, scale=0.1).to(dtype).to(device)
     down = random(spec.num_experts, inner, width, seed=3, scale=0.1).to(dtype).to(device).transpose(1, 2)
     got = SHORT.moe(x, logits, None, gate_up, down, spec)
-    assert got.shape == x.shape and got.dtype == dtype
+    assert got.shape == x.shape
+    assert got.dtype == dtype
     if num_tokens:
         expected = reference.moe(x.float(), logits, None, gate_up.float(), down.float(), spec)
         bound = TOLERANCE[str(dtype).removeprefix("torch.")]
         torch.testing.assert_close(got.float(), expected, atol=bound, rtol=bound)
 
 
-@pytest.mark.parametrize("spec", [SPECS[2], SPECS[4]], ids=str)
-def test_moe_with_the_packages_own_settings(spec: MoeSpec, device: torch.device) -> None:
-    x, logits = random(5, 130, seed=0).to(device), random(5, spec.num_experts, seed=1).to(device)
+def test_moe_with_the_packages_own_settings(device: torch.device) -> None:
+    spec = MoeSpec(num_experts=3, top_k=2, scoring="sigmoid")
+    x, logits = random(3, 130, seed=0).to(device), random(3, spec.num_experts, seed=1).to(device)
     correction = random(spec.num_experts, seed=4, scale=0.1).to(device)
     gate_up = random(spec.num_experts, 140, 130, seed=2, scale=0.1).to(device)
     down = random(spec.num_experts, 130, 70, seed=3, scale=0.1).to(device)
@@ -99,9 +100,10 @@ def test_moe_with_the_packages_own_settings(spec: MoeSpec, device: torch.device)
 
 
 def test_all_tokens_to_one_expert_and_tokens_of_a_smaller_batch(device: torch.device) -> None:
+    """18 rows in tiles of 32, then 11 of them, in the same tiles: the same bits."""
     spec = replace(SPECS[0], top_k=1)
-    x, gate_up = random(20, 40, seed=0).to(device), random(8, 64, 40, seed=2, scale=0.1).to(device)
-    down, logits = random(8, 40, 32, seed=3, scale=0.1).to(device), torch.zeros((20, 8), device=device)
+    x, gate_up = random(18, 20, seed=0).to(device), random(8, 32, 20, seed=2, scale=0.1).to(device)
+    down, logits = random(8, 20, 16, seed=3, scale=0.1).to(device), torch.zeros((18, 8), device=device)
     logits[:, 5] = 9.0
     whole = SHORT.moe(x, logits, None, gate_up, down, spec)
     torch.testing.assert_close(whole, reference.moe(x, logits, None, gate_up, down, spec), atol=1e-5, rtol=1e-5)

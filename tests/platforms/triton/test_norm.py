@@ -28,7 +28,8 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0)
 def test_rms(op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     x, weight = random(*shape, dtype=dtype, device=device), random(shape[-1], dtype=dtype, device=device, seed=1)
     got = getattr(NORMS, op)(x, weight, EPS)
-    assert got.shape == x.shape and got.dtype == dtype
+    assert got.shape == x.shape
+    assert got.dtype == dtype
     close(got, getattr(reference, op)(x.float(), weight.float(), EPS), dtype)
 
 
@@ -41,7 +42,9 @@ def test_fused_add(shape: tuple[int, ...], dtype: torch.dtype, device: torch.dev
     expected, expected_total = reference.fused_add_rms_norm(x.float(), residual.float(), weight.float(), EPS)
     close(got, expected, dtype)
     close(total, expected_total, dtype)
-    assert total.dtype == dtype and torch.equal(x, kept[0]) and torch.equal(residual, kept[1])
+    assert total.dtype == dtype
+    assert torch.equal(x, kept[0])
+    assert torch.equal(residual, kept[1])
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -87,7 +90,9 @@ def test_rows_do_not_depend_on_the_batch(dtype: torch.dtype, device: torch.devic
 def check_8_bits(got: Quantised, expected: torch.Tensor, dtype: torch.dtype, model_dtype: torch.dtype) -> None:
     """Each value is within half a step of what it stands for, beside the error that the norm itself may have."""
     values, scales = got.values.float(), got.scales[..., None]
-    assert got.values.dtype == dtype and got.values.shape == expected.shape and got.scales.shape == expected.shape[:-1]
+    assert got.values.dtype == dtype
+    assert got.values.shape == expected.shape
+    assert got.scales.shape == expected.shape[:-1]
     bound = TOLERANCE[str(model_dtype).removeprefix("torch.")]
     step = torch.full_like(values, 0.5) if dtype == torch.int8 else (expected / scales).abs().clamp(min=2**-6) / 16
     error = (values * scales - expected).abs()
@@ -135,4 +140,5 @@ def test_quantise_rows(width: int, eight: torch.dtype, device: torch.device) -> 
 
 def test_a_row_of_zeros_stays_one(device: torch.device) -> None:
     got = RowQuantiser(Tuning("sm_90"))(torch.zeros((2, 5), device=device), torch.int8)
-    assert not got.values.any() and got.scales.isfinite().all()
+    assert not got.values.any()
+    assert got.scales.isfinite().all()

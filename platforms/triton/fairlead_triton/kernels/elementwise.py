@@ -98,9 +98,7 @@ def embedding_kernel(token_ids, weight, out, width, ids_stride, weight_row, BLOC
 
 
 @triton.jit
-def copy_blocks_kernel(
-    sources, targets, pairs, block_words, source_block, target_block, BLOCK: tl.constexpr
-):
+def copy_blocks_kernel(sources, targets, pairs, block_words, source_block, target_block, BLOCK: tl.constexpr):
     """A program copies BLOCK words of one pair of blocks of one layer: (source, target) at pairs[2 p], pairs[2 p + 1].
 
     `sources` and `targets` hold the addresses of the layers' caches; strides are in words of 4 bytes.

@@ -91,7 +91,7 @@ def order_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program places the rows of one expert, in their order: it counts everybody's rows itself, so one launch does."""
+    """A program places the rows of one expert, in their order: it counts everybody's itself, so one launch does."""
     expert = tl.program_id(0)
     counts_X = tl.zeros([BLOCK_X], dtype=tl.int32)
     for first in range(0, bound(num_rows), BLOCK):
@@ -157,7 +157,9 @@ def expert_matmul_kernel(
         input_K = tl.arange(0, BLOCK_K)
         expert = tl.load(tile_experts + tile).to(tl.int64)
         x_MK = x + (row_M // rows_per_x).to(tl.int64)[:, None] * x_row + input_K[None, :]
-        weight_KN = weight + expert * weight_expert + output_N[None, :] * weight_output + input_K[:, None] * weight_input
+        weight_KN = (
+            weight + expert * weight_expert + output_N[None, :] * weight_output + input_K[:, None] * weight_input
+        )
         acc_MN = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         up_MN = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for first in range(0, bound(num_inputs), BLOCK_K):

@@ -66,10 +66,7 @@ def rms_norm_kernel(
     mean = tl.sum(x32 * x32, axis=1) / width
     normed = x32 * (1.0 / tl.sqrt_rn(mean + eps))[:, None]
     w32 = tl.load(weight + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
-    if GEMMA:
-        y = normed * (1.0 + w32)
-    else:
-        y = normed.to(x.dtype.element_ty).to(tl.float32) * w32
+    y = normed * (1.0 + w32) if GEMMA else normed.to(x.dtype.element_ty).to(tl.float32) * w32
     if QUANT != 0:
         y = y.to(x.dtype.element_ty).to(tl.float32)
     _store(y, out, scales, places, rows, num_rows, columns, width, QUANT)

@@ -8,9 +8,7 @@ from fairlead_triton.kernels.rounding import largest, to_8_bits
 
 
 @triton.jit
-def quantise_rows_kernel(
-    x, out, scales, width, inner, x_outer, x_inner, BLOCK: tl.constexpr, QUANT: tl.constexpr
-):
+def quantise_rows_kernel(x, out, scales, width, inner, x_outer, x_inner, BLOCK: tl.constexpr, QUANT: tl.constexpr):
     """A program reads its row twice, the second time from cache: rows of any width fit."""
     row = tl.program_id(0)
     start = x + (row // inner).to(tl.int64) * x_outer + (row % inner).to(tl.int64) * x_inner

@@ -42,8 +42,6 @@ def to_8_bits(x, KIND: tl.constexpr):
         # Below the smallest normal number, 2^(1 - bias), steps are 2^(-2 - bias): their number is the code.
         small = round_even(tl.minimum(tl.abs(x), 1.0) * (1 << (2 + bias))).to(tl.int32)
         code = tl.where(size < ((128 - bias) << 23), small, normal)
-        if KIND == FP8_FN:
-            negative = bits < 0
-        else:
-            negative = (bits < 0) & (code != 0)  # what would be negative zero is its NaN
+        # What would be negative zero is FNUZ's NaN.
+        negative = bits < 0 if KIND == FP8_FN else (bits < 0) & (code != 0)
         return (code + negative.to(tl.int32) * 128).to(tl.uint8)

@@ -114,9 +114,7 @@ def _search(start, num_tokens, low, best, max_count, limit, INCLUSIVE: tl.conste
 
 
 @triton.jit
-def draw_filtered_kernel(
-    probs, settings, out, num_tokens, probs_row, settings_kind, settings_row, BLOCK: tl.constexpr
-):
+def draw_filtered_kernel(probs, settings, out, num_tokens, probs_row, settings_kind, settings_row, BLOCK: tl.constexpr):
     """Finds the last probability that is kept, then the one that is drawn, then the token among its equals."""
     row = tl.program_id(0)
     start = probs + row.to(tl.int64) * probs_row
