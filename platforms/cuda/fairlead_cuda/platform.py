@@ -11,11 +11,13 @@ from fairlead.interface import AttentionBackend, AttentionShape, Capabilities, D
 from fairlead_cuda.flashinfer import NAME as FLASHINFER
 from fairlead_cuda.flashinfer import FlashInferAttention
 from fairlead_triton.attention.tiles import DeviceTraits
-from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention, triton_linear, triton_ops
+from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention
 from fairlead_triton.device.libraries import Version, installed_version
 from fairlead_triton.device.platform import DevicePlatform
 from fairlead_triton.device.runtime import Runtime, torch_runtime
 from fairlead_triton.device.varlen import VarlenAttention
+from fairlead_triton.linear import linear_methods
+from fairlead_triton.ops import providers
 
 FLASH_ATTN = "flash_attn"
 _FLASH_ATTN_BLOCK = 256  # tokens: of a paged cache it takes multiples of this alone
@@ -49,8 +51,8 @@ class CudaPlatform(DevicePlatform):
             native_fp8=self.capability >= _FIRST_FP8,
         )
         self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)
-        self.providers = triton_ops(self.tuning_key)
-        self.methods = triton_linear(self.tuning_key, self.device_allocator)
+        self.providers = providers(self.tuning_key)
+        self.methods = linear_methods(self.tuning_key, self.device_allocator)
         self._add_libraries(version, load)
         has_bfloat16 = self.capability >= (8, 0)
         block_sizes: tuple[int, ...] = TRITON_BLOCK_SIZES

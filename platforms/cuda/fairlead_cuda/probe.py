@@ -15,11 +15,13 @@ from fairlead_triton.device.libraries import (
     installed_torch,
     installed_version,
     numbers,
+    told,
     wrong_torch,
 )
 from fairlead_triton.device.visible import hidden, selection, visible
 
 VARIABLE = "CUDA_VISIBLE_DEVICES"
+LIBRARIES = ("flashinfer-python", "flash-attn")
 MIN_CAPABILITY = (7, 5)
 """Of Triton's code generator; older devices compute with nothing of ours."""
 
@@ -63,10 +65,11 @@ def probe(machine: Machine | None = None) -> tuple[Device, ...] | str:
     if not usable:
         found = ", ".join(f"{gpu.name} ({_dotted(gpu.capability)})" for gpu in gpus)
         return f"compute capability {_dotted(MIN_CAPABILITY)} or newer is needed, found: {found}"
+    rest = f"driver {driver.version}, {told(machine.version, LIBRARIES)}"
     return tuple(
         Device(
             name=f"cuda:{i}",
-            description=f"{gpu.name}, compute capability {_dotted(gpu.capability)}, driver {driver.version}",
+            description=f"{gpu.name}, compute capability {_dotted(gpu.capability)}, {rest}",
             memory_bytes=gpu.memory_bytes,
         )
         for i, gpu in usable

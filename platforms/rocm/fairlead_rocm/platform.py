@@ -11,11 +11,13 @@ import torch
 
 from fairlead.interface import AttentionBackend, AttentionShape, Capabilities, Defaults, Device, OpProvider
 from fairlead_triton.attention.tiles import DeviceTraits
-from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention, triton_linear, triton_ops
+from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention
 from fairlead_triton.device.libraries import Version, installed_version
 from fairlead_triton.device.platform import DevicePlatform
 from fairlead_triton.device.runtime import Runtime, torch_runtime
 from fairlead_triton.device.varlen import VarlenAttention
+from fairlead_triton.linear import linear_methods
+from fairlead_triton.ops import providers
 
 AITER = "aiter"
 _AITER_BLOCK = 128
@@ -78,8 +80,8 @@ class RocmPlatform(DevicePlatform):
             native_fp8=self.arch.matrix_fp8 is torch.float8_e4m3fn,
         )
         self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)
-        self.providers = triton_ops(self.tuning_key)
-        self.methods = triton_linear(self.tuning_key, self.device_allocator)
+        self.providers = providers(self.tuning_key)
+        self.methods = linear_methods(self.tuning_key, self.device_allocator)
         self._add_aiter(version, load)
         has_bfloat16 = self.arch.has_bfloat16
         self.library, self.make_group = "RCCL", rccl_group

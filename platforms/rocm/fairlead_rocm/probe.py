@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fairlead.interface import Device
-from fairlead_triton.device.libraries import TorchBuild, Version, installed_torch, installed_version, wrong_torch
+from fairlead_triton.device.libraries import TorchBuild, Version, installed_torch, installed_version, told, wrong_torch
 from fairlead_triton.device.visible import hidden, selection, visible
 
+LIBRARIES = ("amd-aiter",)
 NODES = "sys/class/kfd/kfd/topology/nodes"
 _DEVICE_MEMORY = (1, 2)  # heap types of a bank: the device's own, visible to the host or not
 
@@ -57,8 +58,9 @@ def probe(machine: Machine | None = None) -> tuple[Device, ...] | str:
         gpus, stopped_at = visible(selection(machine.environment, variable), gpus, lambda gpu: gpu.uuid)
         if not gpus:
             return hidden(variable, machine.environment[variable], stopped_at, len(before))
+    libraries = told(machine.version, LIBRARIES)
     return tuple(
-        Device(name=f"rocm:{i}", description=f"{gpu.name}, {gpu.arch}", memory_bytes=gpu.memory_bytes)
+        Device(name=f"rocm:{i}", description=f"{gpu.name}, {gpu.arch}, {libraries}", memory_bytes=gpu.memory_bytes)
         for i, gpu in enumerate(gpus)
     )
 

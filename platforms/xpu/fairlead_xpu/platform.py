@@ -8,10 +8,12 @@ import torch
 
 from fairlead.interface import Capabilities, Defaults, Device, OpProvider
 from fairlead_triton.attention.tiles import DeviceTraits
-from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention, triton_linear, triton_ops
+from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention
 from fairlead_triton.device.libraries import TorchBuild, Version, installed_torch, installed_version
 from fairlead_triton.device.platform import DevicePlatform
 from fairlead_triton.device.runtime import Runtime, torch_runtime
+from fairlead_triton.linear import linear_methods
+from fairlead_triton.ops import providers
 from fairlead_xpu.probe import ipex_reason
 
 IPEX = "ipex"
@@ -43,8 +45,8 @@ class XpuPlatform(DevicePlatform):
             num_processors=max(getattr(properties, "gpu_eu_count", 64 * _PER_SUBSLICE) // _PER_SUBSLICE, 1),
         )
         self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)
-        self.providers = triton_ops(self.tuning_key)
-        self.methods = triton_linear(self.tuning_key, self.device_allocator)
+        self.providers = providers(self.tuning_key)
+        self.methods = linear_methods(self.tuning_key, self.device_allocator)
         self.ipex_reason = self._add_ipex(version, torch_build(), load)
         has_float16 = bool(getattr(properties, "has_fp16", True))
         self.library, self.make_group = "XCCL", xccl_group

@@ -59,10 +59,12 @@ def probe(machine: Machine | None = None) -> tuple[Device, ...] | str:
     gpus, stopped_at = _visible(machine.environment, gpus)
     if not gpus:
         return hidden(VARIABLE, machine.environment.get(VARIABLE, ""), stopped_at, there)
+    why_not = ipex_reason(machine.version, machine.torch())
+    extension = f"with {IPEX}" if why_not is None else f"IPEX is not used: {why_not}"
     return tuple(
         Device(
             name=f"xpu:{i}",
-            description=f"Intel GPU {gpu.pci_id} at {gpu.address}, driver {gpu.driver}",
+            description=f"Intel GPU {gpu.pci_id} at {gpu.address}, driver {gpu.driver}; {extension}",
             memory_bytes=gpu.memory_bytes,
         )
         for i, gpu in enumerate(gpus)

@@ -1,5 +1,6 @@
 """Discovery of NVIDIA's devices, with the driver's library as data."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fairlead_triton.device.libraries import TorchBuild
 
 CUDA_13 = TorchBuild(version="2.13.0+cu130", cuda="13.0")
 CPU = TorchBuild(version="2.13.0+cpu")
+WITHOUT = "without flashinfer-python and flash-attn"
 H200 = ("NVIDIA H200", "GPU-aa11", 150_000, (9, 0))
 L4 = ("NVIDIA L4", "GPU-bb22", 24_000, (8, 9))
 V100 = ("Tesla V100", "GPU-cc33", 16_000, (7, 0))
@@ -109,7 +111,7 @@ def test_devices_are_found_and_the_driver_is_let_go(tmp_path: Path) -> None:
     found = probe.probe(machine(tmp_path, nvml))
     assert not isinstance(found, str)
     assert [(d.name, d.memory_bytes) for d in found] == [("cuda:0", 150_000), ("cuda:1", 24_000)]
-    assert found[1].description == "NVIDIA L4, compute capability 8.9, driver 580.65.06"
+    assert found[1].description == "NVIDIA L4, compute capability 8.9, driver 580.65.06, " + WITHOUT
     assert nvml.num_open == 0
 
 
@@ -144,6 +146,12 @@ def test_hidden_devices_are_no_devices(tmp_path: Path, value: str, reason: str) 
     found = probe.probe(machine(tmp_path, FakeNvml(gpus=(H200, L4)), CUDA_VISIBLE_DEVICES=value))
     assert isinstance(found, str)
     assert reason in found
+
+
+def test_optional_libraries_are_told(tmp_path: Path) -> None:
+    here = dataclasses.replace(machine(tmp_path), version={"flash-attn": "2.8.3"}.get)
+    [device] = probe.probe(here)
+    assert str(device.description).endswith("driver 580.65.06, with flash-attn 2.8.3, without flashinfer-python")
 
 
 def test_without_a_driver(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def test_devices_are_found_and_processors_are_not(tmp_path: Path) -> None:
     found = probe.probe(here)
     assert not isinstance(found, str)
     assert [(d.name, d.description, d.memory_bytes >> 30) for d in found] == [
-        ("rocm:0", "gfx942, gfx942", 192),
-        ("rocm:1", "navi31, gfx1100", 48),
+        ("rocm:0", "gfx942, gfx942, without amd-aiter", 192),
+        ("rocm:1", "navi31, gfx1100, without amd-aiter", 48),
     ]
     assert [(gpu.wave_size, gpu.lds_bytes) for gpu in probe.read_gpus(tmp_path)] == [(64, 65536), (32, 65536)]
     assert probe.diagnose(here) == ()

@@ -60,7 +60,7 @@ def test_devices_are_found_by_address_and_others_are_not(tmp_path: Path) -> None
     (tmp_path / "sys/class/drm/card1-DP-1").mkdir()
     found = probe.probe(machine(tmp_path))
     assert not isinstance(found, str)
-    assert [(d.name, d.description, d.memory_bytes // GIB) for d in found] == [
+    assert [(d.name, d.description.split("; ")[0], d.memory_bytes // GIB) for d in found] == [
         ("xpu:0", "Intel GPU e20b at 0000:01:00.0, driver i915", 32),  # in the host's memory
         ("xpu:1", "Intel GPU e20b at 0000:03:00.0, driver xe", 16),
     ]
@@ -136,5 +136,9 @@ def test_the_extension_needs_the_torch_of_its_version(
 ) -> None:
     assert probe.ipex_reason(lambda name: own, torch) == reason
     here = machine(tmp_path, torch=torch, version=lambda name: own)
+    card(tmp_path, 1, memory=16 * GIB)
+    [device] = probe.probe(here)
+    told = "with intel-extension-for-pytorch" if reason is None else f"IPEX is not used: {reason}"
+    assert str(device.description).partition("; ")[2] == told
     expected = () if own is None or reason is None else (f"{probe.IPEX} is installed, but is not used: {reason}",)
     assert probe.diagnose(here) == expected

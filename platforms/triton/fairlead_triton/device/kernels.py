@@ -1,15 +1,11 @@
-"""The shared kernels as a device takes them: attention with the formats of its cache, ops, and linear schemes."""
+"""The shared kernels as a device takes them: attention, with the formats of its cache."""
 
-from collections.abc import Mapping
-
-from fairlead.interface import AttentionBackend, AttentionShape, LinearMethod, OpProvider
+from fairlead.interface import AttentionBackend, AttentionShape
 from fairlead_triton.attention.backend import BLOCK_SIZES, TritonAttention
 from fairlead_triton.attention.tiles import DeviceTraits
 from fairlead_triton.device.allocator import DeviceAllocator
 from fairlead_triton.device.platform import MakeBackend
 from fairlead_triton.device.runtime import Runtime
-from fairlead_triton.linear import fp8_dtype, fp8_methods, linear_methods
-from fairlead_triton.ops import providers
 
 KV_FORMATS = {"auto": "auto", "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
 """Names of the kernels' formats by Capabilities.kv_dtypes. They are stored as OCP bits on every device; the kernels
@@ -25,16 +21,3 @@ def triton_attention(runtime: Runtime, allocator: DeviceAllocator, traits: Devic
         return TritonAttention(shape, allocator, runtime.torch_device, kv_dtype=kv_dtype, traits=traits)
 
     return make
-
-
-def triton_ops(device: str) -> Mapping[str, tuple[OpProvider, ...]]:
-    """Every op that has a kernel; `device` is the tuning table's key, such as "sm_90"."""
-    return providers(device)
-
-
-def triton_linear(device: str, allocator: DeviceAllocator) -> Mapping[str, tuple[LinearMethod, ...]]:
-    """Methods by scheme; those of 8-bit floats where the device multiplies them."""
-    methods = dict(linear_methods(device, allocator))
-    if fp8_dtype(device) is not None:
-        methods["fp8"] = fp8_methods(device, allocator)
-    return methods

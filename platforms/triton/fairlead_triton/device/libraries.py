@@ -66,3 +66,10 @@ def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (535, 104) of "535.104-rc1"."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in found.group().split(".")) if found else ()
+
+
+def told(version: Version, distributions: tuple[str, ...]) -> str:
+    """What of the optional libraries is installed, for a device's description."""
+    found = [f"with {name} {own}" for name in distributions if (own := version(name)) is not None]
+    missing = [name for name in distributions if version(name) is None]
+    return ", ".join([*found, *([f"without {' and '.join(missing)}"] if missing else [])])
