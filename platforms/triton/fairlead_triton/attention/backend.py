@@ -96,10 +96,10 @@ class TritonAttention(PagedCacheOwner):
         q_THD, k_TKD = _rows(q_THD), _rows(k_TKD)
         v_TKD = k_TKD if v_TKD is None else _rows(v_TKD)
         if plan.num_tokens:
-            grid = (plan.num_tokens, -(-self.spec.num_kv_heads // self.tiles.write_heads))
-            kv_write_kernel[grid](
-                k_TKD, v_TKD, kv_cache.data, self._scales_of(kv_cache), plan.words, *_strides(k_TKD), *_strides(v_TKD),
-                *self._inverse_scales, **self._options.write,
+            parts = -(-plan.num_tokens * self.spec.num_kv_heads // self.tiles.write_rows)
+            kv_write_kernel[(parts,)](
+                k_TKD, v_TKD, kv_cache.data, self._scales_of(kv_cache), plan.words, plan.num_tokens, *_strides(k_TKD),
+                *_strides(v_TKD), *self._inverse_scales, **self._options.write,
             )  # fmt: skip
         return self._attend(q_THD, kv_cache, plan)
 
@@ -122,12 +122,12 @@ class TritonAttention(PagedCacheOwner):
         q_THD, k_TKD, v_TKD = _rows(q_THD), _rows(k_TKD), _rows(v_TKD)
         turned_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if plan.num_tokens:
-            heads = self.tiles.write_heads
-            parts = -(-self.spec.num_heads // heads) - (-self.spec.num_kv_heads // heads)
-            rotary_kv_write_kernel[(plan.num_tokens, parts)](
+            heads, rows = (self.spec.num_heads, self.spec.num_kv_heads), self.tiles.write_rows
+            parts = sum(-(-plan.num_tokens * n // rows) for n in heads)
+            rotary_kv_write_kernel[(parts,)](
                 q_THD, k_TKD, v_TKD, turned_THD, cos_PR, sin_PR, positions_T, kv_cache.data,
-                self._scales_of(kv_cache), plan.words, *_strides(q_THD), *_strides(k_TKD), *_strides(v_TKD),
-                *self._inverse_scales, R=cos_PR.shape[1], INTERLEAVED=interleaved, **self._options.rotary_write,
+                self._scales_of(kv_cache), plan.words, plan.num_tokens, *_strides(q_THD), *_strides(k_TKD),
+                *_strides(v_TKD), *self._inverse_scales, R=cos_PR.shape[1], INTERLEAVED=interleaved, **self._options.rotary_write,
             )  # fmt: skip
         return self._attend(turned_THD, kv_cache, plan)
 
@@ -198,7 +198,7 @@ class _Options:
         self.merge = dict(**heads, E=value_size, D0=d0, BLOCK_M=tiles.decode_rows, CHUNK=tiles.merge_chunk)
         self.write = dict(
             **stored, K=spec.num_kv_heads, D=spec.head_size, D_PADDED=power_of_two(spec.head_size),
-            LATENT=spec.value_size is not None, HEADS=tiles.write_heads,
+            LATENT=spec.value_size is not None, ROWS=tiles.write_rows,
         )  # fmt: skip
         self.rotary_write = {**self.write, "H": spec.num_heads}
         del self.rotary_write["LATENT"]
