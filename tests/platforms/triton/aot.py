@@ -89,11 +89,7 @@ def pairs(cases: Sequence[Case], *, full: bool, everywhere: Iterable[str] = ()) 
     named = set(everywhere)
     unknown = named - {case.name for case in cases}
     assert not unknown, f"no case is called {sorted(unknown)}"
-    return [
-        (target, case)
-        for case in cases
-        for target in (TARGETS if full or case.name in named else QUICK_TARGETS)
-    ]
+    return [(target, case) for case in cases for target in (TARGETS if full or case.name in named else QUICK_TARGETS)]
 
 
 def compile_cases(wanted: Sequence[tuple[str, Case]]) -> dict[tuple[str, str], Compiled]:

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fairlead_triton.attention.backend import TritonAttention
-from fairlead_triton.attention.plan import TritonPlan
-from fairlead_triton.attention.tiles import DeviceTraits
 
 from fairlead.errors import ConfigError
 from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec, RotaryAttention
 from fairlead.ops import reference
 from fairlead.ops.memory import PooledAllocator
 from fairlead.ops.table import TOLERANCE
+from fairlead_triton.attention.backend import TritonAttention
+from fairlead_triton.attention.plan import TritonPlan
+from fairlead_triton.attention.tiles import DeviceTraits
 
 # Small, so that a few tokens make several tiles, splits and chunks of splits.
 TILES = {
@@ -88,7 +88,7 @@ def make_backend(
 
 
 @dataclass(kw_only=True)
-class Sequence_:
+class Stored:
     """One sequence: its blocks, and how many tokens are stored in them."""
 
     blocks: list[int] = field(default_factory=list)
@@ -113,7 +113,7 @@ class Trial:
         self.values = self.keys if self.spec.value_size else np.full_like(self.keys, np.nan)
         self.turn: tuple[torch.Tensor, torch.Tensor, bool] | None = None
 
-    def metadata(self, work: Sequence[tuple[Sequence_, int]]) -> AttentionMetadata:
+    def metadata(self, work: Sequence[tuple[Stored, int]]) -> AttentionMetadata:
         """Gives each sequence so many new tokens."""
         for seq, num_new in work:
             seq.num_tokens += num_new
@@ -157,7 +157,7 @@ class Trial:
         assert out.is_contiguous()
         return out.double().cpu().numpy(), self.wanted(metadata, q, k, v)
 
-    def step(self, work: Sequence[tuple[Sequence_, int]]) -> None:
+    def step(self, work: Sequence[tuple[Stored, int]]) -> None:
         """One step, compared."""
         got, wanted = self.run(self.metadata(work))
         assert got.shape == wanted.shape
@@ -232,20 +232,25 @@ def test_it_equals_the_oracle(kind: str, device: torch.device, full: bool) -> No
     trial.kv_scales = KINDS[kind].get("kv_scales") or (1.0, 1.0)
     edge = max(trial.size, 16)
     longest = 100 if full else 45
-    seqs = [Sequence_() for _ in range(4)]
+    seqs = [Stored() for _ in range(4)]
     trial.step([(seqs[0], longest), (seqs[1], 1), (seqs[2], edge - 1)])
     trial.step([(seqs[1], 1), (seqs[0], 1), (seqs[2], 3), (seqs[3], 9)])
     if full:
         trial.step([(seqs[0], 1)])
-        trial.step([(seqs[2], edge + 1), (seqs[3], 1), (Sequence_(), edge + 1), (Sequence_(), edge)])
+        trial.step([(seqs[2], edge + 1), (seqs[3], 1), (Stored(), edge + 1), (Stored(), edge)])
         for _ in range(edge):
             trial.step([(seq, 1) for seq in reversed(seqs)])
-        trial.step([(seq, 2) for seq in seqs] + [(Sequence_(), 200)])
+        trial.step([(seq, 2) for seq in seqs] + [(Stored(), 200)])
 
 
 @pytest.mark.parametrize(
     ("kind", "size", "interleaved"),
-    [("e4m3 by token", 16, False), ("blocks of eight", 6, True), ("blocks of two", 8, False), ("blocks of two", 16, True)],
+    [
+        ("e4m3 by token", 16, False),
+        ("blocks of eight", 6, True),
+        ("blocks of two", 8, False),
+        ("blocks of two", 16, True),
+    ],
 )
 def test_rotation_in_the_write_equals_the_op(kind: str, size: int, interleaved: bool, device: torch.device) -> None:
     trial = Trial(device, **KINDS[kind])
@@ -253,7 +258,7 @@ def test_rotation_in_the_write_equals_the_op(kind: str, size: int, interleaved: 
     angles = torch.outer(torch.arange(64.0), 0.3 ** torch.arange(size // 2))
     angles = angles.repeat_interleave(2, dim=1) if interleaved else angles.repeat(1, 2)
     trial.turn = angles.cos().to(trial.dtype), angles.sin().to(trial.dtype), interleaved
-    seqs = [Sequence_(), Sequence_()]
+    seqs = [Stored(), Stored()]
     trial.step([(seqs[0], 3), (seqs[1], 6)])
     trial.step([(seqs[1], 1), (seqs[0], 1)])
 
@@ -266,7 +271,7 @@ def test_no_tokens(device: torch.device) -> None:
 
 def test_a_block_that_another_sequence_fills_in_the_same_step(device: torch.device) -> None:
     trial = Trial(device, heads=(4, 2))
-    first, second = Sequence_(), Sequence_()
+    first, second = Stored(), Stored()
     metadata = trial.metadata([(first, 20)])
     second.blocks, second.num_tokens = first.blocks[:1], 16
     joined = trial.metadata([(second, 4)])
@@ -284,7 +289,7 @@ def test_a_block_that_another_sequence_fills_in_the_same_step(device: torch.devi
 def test_strides_of_all_kinds_are_read(device: torch.device) -> None:
     """Heads before tokens, and head entries apart."""
     trial = Trial(device, heads=(4, 2))
-    metadata = trial.metadata([(Sequence_(), 5), (Sequence_(), 1)])
+    metadata = trial.metadata([(Stored(), 5), (Stored(), 1)])
     q, k, v = trial.inputs(6)
     assert v is not None
     across = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
@@ -302,7 +307,7 @@ def test_the_batch_does_not_show_in_the_bits(kind: str, device: torch.device) ->
     found = []
     for others in ([], [21, 3]):
         trial = Trial(device, **KINDS[kind])
-        seq, beside = Sequence_(), [Sequence_() for _ in others]
+        seq, beside = Stored(), [Stored() for _ in others]
         outs = []
         for num_new in (40, 1, 2):
             work = [(other, n if num_new == 40 else 1) for other, n in zip(beside, others, strict=True)]
@@ -319,7 +324,7 @@ def test_the_batch_does_not_show_in_the_bits(kind: str, device: torch.device) ->
 
 def test_plans_may_be_made_ahead(device: torch.device) -> None:
     trial = Trial(device, heads=(4, 2))
-    seqs = [Sequence_(), Sequence_()]
+    seqs = [Stored(), Stored()]
     steps = [trial.metadata([(seq, n) for seq in seqs]) for n in (33, 1, 1)]
     plans = [trial.backend.plan(metadata) for metadata in steps]
     for metadata, plan in zip(steps, plans, strict=True):
@@ -330,8 +335,8 @@ def test_plans_may_be_made_ahead(device: torch.device) -> None:
 def test_one_plans_launches_serve_another(device: torch.device) -> None:
     """As a graph does that was captured with padding alone: other words in the same place, the same arguments."""
     trial = Trial(device, heads=(4, 2))
-    padding = trial.backend.plan(trial.metadata([(Sequence_(), 3)]))
-    seqs = [Sequence_() for _ in range(3)]
+    padding = trial.backend.plan(trial.metadata([(Stored(), 3)]))
+    seqs = [Stored() for _ in range(3)]
     trial.step([(seqs[0], 40), (seqs[1], 2), (seqs[2], 16)])
     metadata = trial.metadata([(seq, 1) for seq in seqs])
     plan = trial.backend.plan(metadata)
@@ -352,7 +357,7 @@ def test_one_plans_launches_serve_another(device: torch.device) -> None:
 
 def test_a_plan_of_prompts_or_of_too_many_words_is_not_replayed(device: torch.device) -> None:
     trial = Trial(device, heads=(4, 2), tiles={**TILES, "workspace_bytes": 4096})
-    seqs = [Sequence_() for _ in range(4)]
+    seqs = [Stored() for _ in range(4)]
     prompt = trial.backend.plan(trial.metadata([(seqs[0], 70)]))
     assert isinstance(prompt, TritonPlan)
     assert not prompt.replayable
@@ -431,5 +436,3 @@ def test_fp8_rounds_as_torch_does(kv_dtype: str, fp8: torch.dtype, device: torch
         is_nan = x[:, 0].isnan()
         assert torch.equal(plane[~is_nan], wanted[~is_nan])
         assert plane.view(fp8).float()[is_nan].isnan().all()
-
-

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from aot import SHARED_BYTES, TARGETS, Case, Compiled, compile_cases
-from fairlead_triton.attention import tiles
-from fairlead_triton.attention.backend import TritonAttention
 
 from fairlead.interface import AttentionShape, AttentionSpec
 from fairlead.ops.memory import PooledAllocator
+from fairlead_triton.attention import tiles
+from fairlead_triton.attention.backend import TritonAttention
 
 KINDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -97,9 +97,7 @@ def compiled() -> dict[tuple[str, str], Compiled]:
 
 
 @pytest.mark.parametrize(("target", "shape", "launch"), CASES)
-def test_it_compiles_and_fits(
-    target: str, shape: str, launch: str, compiled: dict[tuple[str, str], Compiled]
-) -> None:
+def test_it_compiles_and_fits(target: str, shape: str, launch: str, compiled: dict[tuple[str, str], Compiled]) -> None:
     asked = case(target, shape, launch)
     compiled[target, asked.name].check(asked)
 

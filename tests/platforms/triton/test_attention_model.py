@@ -1,4 +1,4 @@
-"""A tiny Llama through the engine on the Triton attention: transformers' tokens, with the rotation in the write or not."""
+"""A tiny Llama through the engine on the Triton attention: transformers' tokens, its rotation in the write or apart."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fairlead_triton.attention.backend import TritonAttention
-from fairlead_triton.attention.tiles import DeviceTraits
 
 from fairlead import LLM, SamplingParams
 from fairlead.engine import planner
@@ -24,6 +22,8 @@ from fairlead.interface import (
 from fairlead.ops.platform import BasicPlatform
 from fairlead.plugins import PlatformRecord
 from fairlead.testing.tiny_model import write_tiny_llama
+from fairlead_triton.attention.backend import TritonAttention
+from fairlead_triton.attention.tiles import DeviceTraits
 
 V, MAX_TOKENS = 128, 4
 DEVICE = Device(name="acme:0", description="where Triton kernels run", memory_bytes=2**30)

@@ -127,7 +127,8 @@ class TritonAttention(PagedCacheOwner):
             rotary_kv_write_kernel[(parts,)](
                 q_THD, k_TKD, v_TKD, turned_THD, cos_PR, sin_PR, positions_T, kv_cache.data,
                 self._scales_of(kv_cache), plan.words, plan.num_tokens, *_strides(q_THD), *_strides(k_TKD),
-                *_strides(v_TKD), *self._inverse_scales, R=cos_PR.shape[1], INTERLEAVED=interleaved, **self._options.rotary_write,
+                *_strides(v_TKD), *self._inverse_scales, R=cos_PR.shape[1], INTERLEAVED=interleaved,
+                **self._options.rotary_write,
             )  # fmt: skip
         return self._attend(turned_THD, kv_cache, plan)
 
@@ -180,8 +181,8 @@ class _Options:
         spec = shape.spec
         d0, d1 = padded_sizes(spec)
         value_size = spec.value_size or spec.head_size
-        heads = dict(G=spec.num_heads // spec.num_kv_heads, K=spec.num_kv_heads)
-        stored = dict(BLOCK_SIZE=shape.block_size, FORMAT=FORMATS[kv_dtype], TOKEN_SCALES=has_scales)
+        heads = {"G": spec.num_heads // spec.num_kv_heads, "K": spec.num_kv_heads}
+        stored = {"BLOCK_SIZE": shape.block_size, "FORMAT": FORMATS[kv_dtype], "TOKEN_SCALES": has_scales}
         common: dict[str, Any] = dict(
             **heads, **stored, D=spec.head_size, E=value_size, D0=d0, D1=d1, LATENT=spec.value_size is not None,
             WINDOW=spec.sliding_window or 0, SOFT_CAP=spec.soft_cap or 0.0, ALIBI=spec.alibi_slopes is not None,
@@ -218,7 +219,7 @@ def _check(shape: AttentionShape, kv_dtype: str) -> None:
 
 
 def _score_scale(scale: float, soft_cap: float | None) -> float:
-    """What scores are multiplied by, so that the exponential is a power of two; with a cap that of tanh, see kernels."""
+    """What scores are multiplied by, so that the exponential is a power of two; with a cap see attend_tiles."""
     log2_e = math.log2(math.e)
     return scale * log2_e if soft_cap is None else 2 * scale / soft_cap * log2_e
 

@@ -14,13 +14,16 @@ normalizer calculation for softmax" (2018).
 Shapes: M rows of a tile, N keys of a tile, D head size, E head size of the values, K kv-heads, G heads per kv-head.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+# Triton reads types of its own from the arguments of a launch.
+
 import triton
 import triton.language as tl
 
 from fairlead_triton.attention.interpreted import bound, device_function, dot, largest_of, sum_of
 
 FORMATS = {"auto": 0, "fp8_e4m3": 1, "float8_e4m3fn": 1, "fp8_e5m2": 2, "float8_e5m2": 2}
-"""What a stored element is: the model's dtype, or OCP fp8 bits in bytes, by the names that users and torch give them."""
+"""What a stored element is: the model's dtype, or OCP fp8 bits in bytes, by users' names and torch's."""
 ENTRY: tl.constexpr = tl.constexpr(8)
 """Words of an entry of every section, see plan.py."""
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -86,7 +89,9 @@ def attend_tiles(
             block = tl.load(table + n_N // BLOCK_SIZE, mask=is_key_N, other=0).to(tl.int64)
             slots_N = n_N % BLOCK_SIZE
         rows_N = block * (PLANES * PLANE) + (kv_head * BLOCK_SIZE + slots_N) * D
-        k0 = decode_fp8(load_tile(cache, rows_N, columns0, is_key_N, E if LATENT else D, D0, MASKED), FORMAT, NATIVE, dtype)
+        k0 = decode_fp8(
+            load_tile(cache, rows_N, columns0, is_key_N, E if LATENT else D, D0, MASKED), FORMAT, NATIVE, dtype
+        )
         s = dot(q0, tl.trans(k0), tl.full((q0.shape[0], BLOCK_N), 0.0, tl.float32))
         if D1 > 0:
             k1 = load_tile(cache + E, rows_N, tl.arange(0, D1), is_key_N, D - E, D1, MASKED)
@@ -199,7 +204,7 @@ def prompt_kernel(
     entry = words + tiles_at + tl.program_id(0) * ENTRY
     kv_head = tl.program_id(1)
     seq_len = tl.load(entry + 2)
-    acc, m_M, l_M, token_M, head_M, is_row_M = attend_rows(
+    acc, _, l_M, token_M, head_M, is_row_M = attend_rows(
         q, cache, scales, slopes, words, tl.load(entry), tl.load(entry + 1), seq_len, tl.load(entry + 3),
         tl.load(entry + 4), kv_head, 0, seq_len, q_stride_t, q_stride_h, qk_scale, v_scale, G, K, D, E, D0, D1, LATENT,
         BLOCK_SIZE, BLOCK_M, BLOCK_N, WINDOW, SOFT_CAP, ALIBI, FORMAT, NATIVE, TOKEN_SCALES, STAGES)  # fmt: skip

@@ -5,6 +5,9 @@ a token, while the constant R is the number of rotated dimensions.
 Sources: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), section 3; Su et al., "RoFormer" (2021), 3.4.2.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+# Triton reads types of its own from the arguments of a launch.
+
 import triton
 import triton.language as tl
 
@@ -123,7 +126,7 @@ def rotary_kv_write_kernel(
     INTERLEAVED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FORMAT: tl.constexpr, TOKEN_SCALES: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (ROWS rows): first the T * H heads of the queries, which go to `q_out` (T, H, D), then the T * K others."""
+    """Program (ROWS rows): the T * H heads of the queries, which go to `q_out` (T, H, D), then the T * K others."""
     part = tl.program_id(0)
     query_parts = (num_tokens * H + ROWS - 1) // ROWS
     columns = tl.arange(0, D_PADDED)

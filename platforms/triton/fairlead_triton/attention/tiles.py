@@ -34,7 +34,7 @@ class DeviceTraits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """Rows and keys of a tile, warps, loop stages, by kernel; `split` in tokens; merges take `merge_chunk` splits at once.
+    """Rows and keys of a tile, warps, loop stages, by kernel; `split` in tokens; a merge adds `merge_chunk` at once.
 
     `programs_per_processor` is how many programs share the decode kernel's list on each processor.
     """
