@@ -34,7 +34,7 @@ class DeviceTraits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """Rows and keys of a tile, warps, loop stages, by kernel; `split` in tokens; merges take `merge_chunk` splits at once.
+    """Rows and keys of a tile, warps, loop stages, by kernel; `split` in tokens; a merge adds `merge_chunk` at once.
 
     `programs_per_processor` is how many programs share the decode kernel's list on each processor.
     """
@@ -52,12 +52,12 @@ class Tiles:
     merge_chunk: int = 8
     max_decode_rows: int = 64
     """Rows of a sequence (new tokens times heads of a kv-head) that the decode kernel takes at most."""
-    write_heads: int = 8
+    write_rows: int = 8
     workspace_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, f.name) for f in fields(self) if f.name.endswith(("_rows", "_keys", "_chunk", "split"))]
-        if any(n <= 0 or n & (n - 1) for n in (*sizes, self.write_heads)):
+        if any(n <= 0 or n & (n - 1) for n in sizes):
             raise ConfigError(f"tile sizes of the Triton attention must be powers of two, got {self!r}")
         if self.split % self.decode_keys:
             raise ConfigError(f"split {self.split} must be a multiple of decode_keys {self.decode_keys}")
