@@ -83,8 +83,12 @@ $(INSTALLED): $(BUILD_INPUTS) | $(BIN)/python
 	@$(PIP_INSTALL) -e ".[cpu]" -e platforms/cpu
 	@touch $@
 
+# What needs a device installs without one, too: its tests run it on a fake one.
+DEVICE_PLATFORMS := $(addprefix -e ,$(filter-out platforms/cpu,$(patsubst %/pyproject.toml,%,$(wildcard platforms/*/pyproject.toml))))
+
 # The development group of pyproject.toml, read here because pip knows --group only from version 25.1 on.
 $(DEV_INSTALLED): $(INSTALLED)
 	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'], sep='\n')" > $(VENV)/dev-requirements.txt
 	@$(PIP_INSTALL) --quiet -r $(VENV)/dev-requirements.txt
+	@$(PIP_INSTALL) --quiet --no-deps --no-build-isolation $(DEVICE_PLATFORMS)
 	@touch $@

@@ -10,6 +10,12 @@ import pytest
 # processes that spin for each other on two cores cost ten times what they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Where there is no accelerator, Triton kernels run in its interpreter. It is asked for when triton is imported, which
+# transformers does too, so that no later place would do. Nothing else here runs Triton kernels.
+ACCELERATORS = ("nvidiactl", "kfd", "dri/renderD*")
+if not any(found for pattern in ACCELERATORS for found in Path("/dev").glob(pattern)):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 HERE = Path(__file__).parent
 FULL = os.environ.get("FAIRLEAD_TEST_FULL") == "1"
 

@@ -12,8 +12,9 @@ from typing import Any, get_type_hints
 from fairlead.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 METRICS_COMPAT = ("none", "vllm", "vllm-legacy")
-QUANTIZATIONS = ("int8", "int4")
+QUANTIZATIONS = ("int8", "int4", "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -53,7 +54,6 @@ AWAITED = (
     Awaited(name="enable_reasoning", neutral=False, feature=_REASONING),
     Awaited(name="reasoning_parser", neutral=None, feature=_REASONING),
     Awaited(name="enable_sleep_mode", neutral=False, feature=_SLEEP),
-    Awaited(name="kv_cache_dtype", neutral="auto", feature="a KV cache of another data type"),
     Awaited(name="tokenizer_mode", neutral="auto", feature="another tokenizer mode"),
     Awaited(name="trust_remote_code", neutral=False, feature="running code of a checkpoint"),
     Awaited(name="cpu_offload_gb", neutral=0, feature="offloading of weights"),
@@ -141,6 +141,10 @@ class CacheConfig:
     num_blocks: int | None = setting(
         None, "Number of KV blocks, in place of a size.", aliases=("num_gpu_blocks_override",)
     )
+    kv_cache_dtype: str = setting(
+        "auto",
+        f"Data type of the KV cache, where the platform has it: {', '.join(KV_DTYPES)}; 'auto' is the model's.",
+    )
     enable_prefix_caching: bool = setting(True, "Reuse the KV blocks of equal prompt prefixes.")
     swap_space: float = setting(
         0.0, "GiB of host memory for KV blocks that the device has no room for; they come back if that saves time."
@@ -150,6 +154,7 @@ class CacheConfig:
         for name in ("block_size", "num_blocks", "kv_cache_memory"):
             _at_least(self, name, 1, optional=True)
         _at_least(self, "swap_space", 0)
+        _one_of(self, "kv_cache_dtype", KV_DTYPES)
         share = self.device_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise ConfigError(f"device_memory_utilization must be in (0, 1], got {share!r}")
@@ -194,6 +199,7 @@ class PlatformConfig:
     )
     device: str | None = setting(None, "Device of that platform, such as 'cpu:0'; its first one if not given.")
     attention_backend: str | None = setting(None, "Attention backend of the platform, by name.")
+    enforce_eager: bool = setting(False, "Run every step as it comes, and capture none as a graph.")
     op_providers: tuple[str, ...] = setting((), "Providers of single ops as OP=PROVIDER, such as rms_norm=reference.")
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from fairlead.interface import Capabilities, Defaults, Device, LinearMethod, Mem
 _DATA = ("name", "device", "torch_device", "capabilities", "defaults", "allocator")
 _METHODS = (
     "attention_backends",
+    "unavailable_backends",
     "attention",
     "ops",
     "linear_methods",
@@ -59,6 +60,12 @@ def check_platform(platform: Any, plugin: str, device: Device) -> None:
     names = platform.attention_backends()
     is_names = isinstance(names, tuple) and bool(names) and all(isinstance(n, str) and n for n in names)
     expect(is_names, "attention_backends", "a tuple of at least one name", names)
+    missing_names = platform.unavailable_backends()
+    is_reasons = isinstance(missing_names, Mapping) and all(
+        isinstance(text, str) and text for item in missing_names.items() for text in item
+    )
+    is_reasons = is_reasons and not set(missing_names) & set(names)
+    expect(is_reasons, "unavailable_backends", "reasons by the names of others than attention_backends", missing_names)
     for hook, kind in (("ops", "OpProvider"), ("linear_methods", "LinearMethod")):
         found = getattr(platform, hook)()
         is_table = isinstance(found, Mapping) and all(isinstance(v, tuple) for v in found.values())

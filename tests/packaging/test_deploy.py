@@ -105,8 +105,9 @@ def test_the_kubernetes_objects_fit_each_other() -> None:
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-def test_the_image_copies_what_is_there_and_listens_where_it_says() -> None:
-    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", sorted(DEPLOY.glob("Dockerfile*")), ids=lambda file: file.name)
+def test_an_image_copies_what_is_there_and_listens_where_it_says(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
     copied = [line.split()[1:-1] for line in text.splitlines() if re.match(r"COPY (?!--)", line)]
     assert [name for names in copied for name in names if not (ROOT / name).exists()] == []
     assert "FAIRLEAD_HOST=0.0.0.0" in text

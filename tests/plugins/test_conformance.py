@@ -42,7 +42,6 @@ def test_a_strangers_device_is_acquitted(run: Run, tmp_path: Path, name: str, fu
         ("wrong_version", "was written for platform contract 2.0"),
         ("broken_probe", "probe() raised OSError"),
         ("returns_none", "broke the contract in fairlead_platforms: expected a list of PlatformSpec, got"),
-        ("no_device", "there is no /dev/acme0"),
         ("unlisted", "broke the contract in create: expected no exception, got PluginError"),
     ],
 )
@@ -51,3 +50,13 @@ def test_a_broken_plugin_is_convicted_with_its_cause(run: Run, name: str, reason
     assert done.returncode == 1
     assert reason in done.stdout
     assert f"{name} does not conform" in done.stdout
+
+
+def test_a_platform_without_its_device_is_examined_as_far_as_that_goes(run: Run) -> None:
+    arguments = ("-m", "fairlead_server.cli", "conform", "--platform", "no_device", "--tier", "contract")
+    done = run(*arguments)
+    assert done.returncode == 0
+    assert "unsupported: no device here: there is no /dev/acme0" in done.stdout
+    done = run(*arguments, "--tier", "engine")
+    assert done.returncode == 1
+    assert "FAILED: platform 'no_device' (acme-no-device 0.7.0) is unavailable: there is no /dev/acme0" in done.stdout

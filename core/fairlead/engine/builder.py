@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from fairlead.config import EngineConfig
 from fairlead.engine import swap_costs
-from fairlead.engine.first_step import check_first_step, warm_up
+from fairlead.engine.first_step import check_first_step, reachable_buckets, warm_up
 from fairlead.engine.memory_profile import measure_activations
 from fairlead.engine.model_runner import ModelRunner
 from fairlead.engine.planner import EnginePlan, plan_engine, resize_cache
@@ -63,7 +63,7 @@ def _build(config: EngineConfig) -> BuiltEngine:
         if activation_bytes is not None:
             found = resize_cache(found, config.cache, activation_bytes)
     runner.allocate_cache([group.num_blocks for group in found.cache_groups])
-    warm_up(runner)
+    warm_up(runner, reachable_buckets(found.graph_runner, found.settings))
     return _with_swap(BuiltEngine(plan=found, runner=runner))
 
 

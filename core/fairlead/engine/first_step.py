@@ -4,13 +4,15 @@ gets to know every size.
 They are made of padding alone (see `batch_builder.Padding`), so nothing in the cache is touched that anybody will read.
 """
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
 from fairlead.engine.batch_builder import Padding, build_input
 from fairlead.engine.model_runner import ModelRunner
-from fairlead.interface import AttentionBackend, AttentionSpec, KVCache
+from fairlead.engine.planner import Negotiated
+from fairlead.interface import AttentionBackend, AttentionSpec, GraphRunner, KVCache, RotaryAttention
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import Step, StepGroup
 from fairlead.ops.first_call import check_result, unwrap
@@ -39,10 +41,21 @@ def check_first_step(runner: ModelRunner, *, plugin: str, vocab_size: int) -> No
     unwrap(model)
 
 
+def reachable_buckets(graph_runner: GraphRunner, settings: Negotiated) -> list[int]:
+    """Those to which a step, or its rows of logits, can be padded; capturing the others would be time and memory lost.
+
+    A step of decodes alone has as many rows as sequences run, a mixed one as many as a step may have tokens.
+    """
+    decodes = range(1, settings.max_num_seqs + 1) if graph_runner.buckets else ()
+    mixed = range(2, settings.max_num_batched_tokens + 1) if graph_runner.buckets else ()
+    found = {graph_runner.bucket(n, 1) for n in decodes} | {graph_runner.bucket(n, n) for n in mixed}
+    return sorted(size for size in found if size is not None)
+
+
 @torch.inference_mode()
-def warm_up(runner: ModelRunner) -> None:
-    """Runs every bucket once."""
-    for size in runner.padded.buckets:
+def warm_up(runner: ModelRunner, sizes: Sequence[int]) -> None:
+    """Runs these buckets once, the largest first: the memory of its capture then serves all smaller ones."""
+    for size in sorted(sizes, reverse=True):
         runner.padded.logits(_run(runner, size, runner.backends))
 
 
@@ -56,7 +69,7 @@ def _run(runner: ModelRunner, num_tokens: int, backends: tuple[AttentionBackend,
 
 
 class _CheckedAttention:
-    """An AttentionBackend's `forward`, its results checked."""
+    """An AttentionBackend's `forward` and `forward_rotary`, their results checked."""
 
     def __init__(self, backend: AttentionBackend, spec: AttentionSpec, *, plugin: str) -> None:
         self._backend, self._plugin = backend, plugin
@@ -66,8 +79,15 @@ class _CheckedAttention:
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, kv_cache: KVCache, plan: object
     ) -> torch.Tensor:
         """The backend's own."""
-        out = self._backend.forward(q_THD, k_TKD, v_TKD, kv_cache, plan)
+        return self._checked(q_THD, self._backend.forward(q_THD, k_TKD, v_TKD, kv_cache, plan), "forward")
+
+    def forward_rotary(self, q_THD: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """The backend's own, if it is a RotaryAttention."""
+        out = cast(RotaryAttention, self._backend).forward_rotary(q_THD, *rest)
+        return self._checked(q_THD, out, "forward_rotary")
+
+    def _checked(self, q_THD: torch.Tensor, out: torch.Tensor, method: str) -> torch.Tensor:
         expected = torch.empty((*q_THD.shape[:2], self._value_size), dtype=q_THD.dtype, device="meta")
-        hook = f"attention({self._backend.name!r}).forward"
+        hook = f"attention({self._backend.name!r}).{method}"
         check_result(out, expected, q_THD.device, plugin=self._plugin, hook=hook)
         return out

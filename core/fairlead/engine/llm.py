@@ -21,14 +21,14 @@ Prompt = str | list[int] | Mapping[str, Any]
 Message = dict[str, Any]
 """One chat message: {"role": ..., "content": ...}."""
 
-_ACCEPTED = ("trust_remote_code", "disable_log_stats", "enforce_eager", "enable_chunked_prefill")
+_ACCEPTED = ("trust_remote_code", "disable_log_stats", "enable_chunked_prefill")
 
 
 class LLM:
     """Loads a model and generates from it; the arguments are vLLM's, and any other setting of EngineConfig.
 
-    A name that vLLM has and that changes nothing here (such as enforce_eager) is accepted. Raises ConfigError for an
-    unknown one.
+    A name that vLLM has and that changes nothing here (enable_chunked_prefill, say) is accepted. Raises ConfigError
+    for an unknown one.
     """
 
     def __init__(self, model: str = "demo", **settings: Any) -> None:

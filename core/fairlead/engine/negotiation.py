@@ -25,8 +25,33 @@ def step_reasons(platform: Platform, graph_runner: GraphRunner, *, max_num_batch
     return reasons
 
 
+def backend_reason(platform: Platform, wanted: str) -> str:
+    """Why there is no such attention backend: those that there are, and why the others are not."""
+    why = dict(platform.unavailable_backends())
+    own = next((why.pop(name) for name in list(why) if name.lower() == wanted.lower()), None)
+    names = ", ".join(platform.attention_backends())
+    reason = f"attention_backend {wanted} ({'it has ' if own is None else f'{own}; it has '}{names}"
+    return f"{reason}{''.join(f'; not {name}: {text}' for name, text in why.items())})"
+
+
+def kv_dtype_of(platform: Platform, wanted: str) -> str | None:
+    """The torch name of what a user calls `wanted`, one of config.KV_DTYPES; None if the platform has none such.
+
+    The 8-bit formats come in variants (OCP, or with a single zero) of which a device has one.
+    """
+    prefix = {"fp8": "float8_", "fp8_e4m3": "float8_e4m3", "fp8_e5m2": "float8_e5m2"}.get(wanted)
+    known = platform.capabilities.kv_dtypes
+    return next((name for name in known if name == wanted or (prefix and name.startswith(prefix))), None)
+
+
 def make_backends(
-    platform: Platform, names: Seq[str], groups: Mapping[AttentionSpec, int], *, block_size: int, dtype: str
+    platform: Platform,
+    names: Seq[str],
+    groups: Mapping[AttentionSpec, int],
+    *,
+    block_size: int,
+    dtype: str,
+    kv_dtype: str,
 ) -> tuple[tuple[AttentionBackend, ...], list[str]]:
     """For each group of attention layers the first of the named backends that can serve it; why none can for the rest.
 
@@ -35,7 +60,7 @@ def make_backends(
     backends: list[AttentionBackend] = []
     reasons: list[str] = []
     for spec, num_layers in groups.items():
-        shape = AttentionShape(spec=spec, num_layers=num_layers, block_size=block_size, dtype=dtype)
+        shape = AttentionShape(spec=spec, num_layers=num_layers, block_size=block_size, dtype=dtype, kv_dtype=kv_dtype)
         refused: list[str] = []
         for name in names:
             try:

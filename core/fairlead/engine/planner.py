@@ -15,13 +15,22 @@ from fairlead import plugins
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import CacheConfig, EngineConfig
 from fairlead.contract import memory_info
-from fairlead.engine.negotiation import head_size_reasons, make_backends, refusal, step_reasons
+from fairlead.engine.negotiation import (
+    backend_reason,
+    head_size_reasons,
+    kv_dtype_of,
+    make_backends,
+    refusal,
+    step_reasons,
+)
 from fairlead.errors import ConfigError, KVCacheMemoryError, ModelMemoryError
 from fairlead.interface import UNQUANTIZED, AttentionBackend, AttentionSpec, GraphRunner, Platform
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext
+from fairlead.layers.self_attention import SelfAttention
 from fairlead.models import loader, registry
 from fairlead.models.config import ModelShape
+from fairlead.ops.graph import PassThrough
 from fairlead.ops.table import choose_providers
 from fairlead.request import EngineInfo
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
@@ -37,6 +46,7 @@ class Negotiated:
     max_num_seqs: int
     max_num_batched_tokens: int
     attention_backend: str
+    kv_dtype: str
     device_memory_utilization: float
     async_scheduling: bool
 
@@ -56,11 +66,15 @@ class EnginePlan:
     backends: tuple[AttentionBackend, ...]
     cache_groups: tuple[CacheGroup, ...]
     info: EngineInfo
+    fuses_rotary: bool = False
+    """Backends that can rotate queries and keys do."""
 
     def build_model(self) -> torch.nn.Module:
         """The model, its weights on the meta device, its attention layers numbered by group."""
         model = registry.build_model(self.checkpoint.architecture, self.model_config, self.shape, self.context)
         number_layers(model)
+        if self.fuses_rotary:
+            give_rotary(model, self.backends)
         return model
 
 
@@ -76,6 +90,11 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     platform = plugins.create(record, device)
     settings, reasons = negotiate(config, checkpoint, shape, platform)
     graph_runner = platform.graph_runner()
+    if config.platform.enforce_eager:
+        if platform.capabilities.static_shapes:
+            reasons.append("enforce_eager (it runs steps of its buckets' sizes alone)")
+        else:
+            graph_runner = PassThrough()
     reasons += step_reasons(platform, graph_runner, max_num_batched_tokens=settings.max_num_batched_tokens)
     try:
         context, op_providers = _context(config, platform, settings)
@@ -95,10 +114,20 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     backends: tuple[AttentionBackend, ...] = ()
     if settings.attention_backend in (names := platform.attention_backends()):
         tried = names if config.platform.attention_backend is None else (settings.attention_backend,)
-        backends, refused = make_backends(platform, tried, groups, block_size=settings.block_size, dtype=settings.dtype)
+        backends, refused = make_backends(
+            platform,
+            tried,
+            groups,
+            block_size=settings.block_size,
+            dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
+        )
         reasons += refused
     if reasons:
         raise refusal(platform, reasons)
+    fuses_rotary = not any(item.startswith("rotary_embedding=") for item in config.platform.op_providers)
+    if fuses_rotary and (takers := give_rotary(model, backends)):
+        op_providers["rotary_embedding"] = ", ".join(takers)
     _check_weights(weights_bytes, settings, platform)
     windows = [spec.sliding_window for spec in groups]
     block_bytes = [backend.block_bytes() for backend in backends]
@@ -113,6 +142,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         platform=platform,
         settings=settings,
         context=replace(context, max_model_len=settings.max_model_len),
+        fuses_rotary=fuses_rotary,
         op_providers=op_providers,
         graph_runner=graph_runner,
         backends=backends,
@@ -192,6 +222,13 @@ def number_layers(model: torch.nn.Module) -> dict[AttentionSpec, int]:
     return sizes
 
 
+def give_rotary(model: torch.nn.Module, backends: Seq[AttentionBackend]) -> tuple[str, ...]:
+    """Lets each layer's backend rotate its queries and keys, where it can; returns the names of those that do."""
+    layers = [layer for layer in model.modules() if isinstance(layer, SelfAttention)]
+    owners = [backends[layer.attention.group] for layer in layers]
+    return tuple(dict.fromkeys(b.name for layer, b in zip(layers, owners, strict=True) if layer.give_rotary(b)))
+
+
 def negotiate(
     config: EngineConfig, checkpoint: Checkpoint, shape: ModelShape, platform: Platform
 ) -> tuple[Negotiated, list[str]]:
@@ -215,7 +252,10 @@ def negotiate(
     wanted = config.platform.attention_backend or names[0]
     backend = next((name for name in names if name.lower() == wanted.lower()), None)
     if backend is None:
-        reasons.append(f"attention_backend {wanted} (it has {', '.join(names)})")
+        reasons.append(backend_reason(platform, wanted))
+    kv_dtype = kv_dtype_of(platform, config.cache.kv_cache_dtype)
+    if kv_dtype is None:
+        reasons.append(f"kv_cache_dtype {config.cache.kv_cache_dtype} (it has {', '.join(capabilities.kv_dtypes)})")
     is_async = config.scheduler.async_scheduling
     if config.cache.swap_space > 0 and platform.max_swap_bytes(0) is None:
         reasons.append(f"swap_space {config.cache.swap_space} (it cannot copy KV blocks to host memory)")
@@ -226,6 +266,7 @@ def negotiate(
         max_num_seqs=min(config.scheduler.max_num_seqs, capabilities.max_num_seqs or config.scheduler.max_num_seqs),
         max_num_batched_tokens=max_batched,
         attention_backend=backend or wanted,
+        kv_dtype=kv_dtype or "auto",
         device_memory_utilization=config.cache.device_memory_utilization or defaults.device_memory_utilization,
         async_scheduling=defaults.async_scheduling if is_async is None else is_async,
     )

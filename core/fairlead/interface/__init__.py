@@ -13,6 +13,7 @@ from fairlead.interface.attention import (
     AttentionSpec,
     HostCache,
     KVCache,
+    RotaryAttention,
 )
 from fairlead.interface.collectives import Communicator
 from fairlead.interface.graph import GraphRunner
@@ -54,6 +55,7 @@ __all__ = [
     "Platform",
     "PlatformSpec",
     "QueuedRequest",
+    "RotaryAttention",
     "SchedulingPolicy",
     "Stream",
     "hookimpl",

@@ -5,7 +5,7 @@ Shapes: T packed tokens of a step, S sequences, H query heads, K kv-heads, D hea
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,12 +42,16 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """What the core asks a backend for: a group of layers of one kind. `block_size` is in tokens."""
+    """What the core asks a backend for: a group of layers of one kind. `block_size` is in tokens.
+
+    `dtype` is that of queries and results; `kv_dtype` is that of the cache, a torch name or "auto" for `dtype`.
+    """
 
     spec: AttentionSpec
     num_layers: int
     block_size: int
     dtype: str
+    kv_dtype: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,4 +139,30 @@ class AttentionBackend(Protocol):
         self, host_caches: Sequence[HostCache], kv_caches: Sequence[KVCache], pairs: Sequence[tuple[int, int]]
     ) -> None:
         """Copies blocks of the host -> blocks of the device in every layer, in the order given."""
+        ...
+
+
+@runtime_checkable
+class RotaryAttention(Protocol):
+    """What an AttentionBackend may do beside: rotate queries and keys in the pass that writes the cache.
+
+    The engine looks for it once, when the model is built, and only where nobody asked for a provider of
+    `rotary_embedding` by name: each layer then calls `forward_rotary` in place of that op and `forward`.
+    """
+
+    def forward_rotary(
+        self,
+        q_THD: "torch.Tensor",
+        k_TKD: "torch.Tensor",
+        v_TKD: "torch.Tensor",
+        positions_T: "torch.Tensor",
+        cos_PR: "torch.Tensor",
+        sin_PR: "torch.Tensor",
+        interleaved: bool,
+        kv_cache: KVCache,
+        plan: object,
+    ) -> "torch.Tensor":
+        """What `forward` gives for the first R dimensions of q and k rotated by the int64 positions, as the reference
+        `rotary_embedding` does with these tables; the other dimensions stay. Inputs are not changed.
+        """
         ...

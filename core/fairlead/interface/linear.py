@@ -48,7 +48,7 @@ class LinearMethod(Protocol):
         """Turns the loaded tensors of one layer into what `apply` wants; called once per layer, while loading.
 
         `tensors["weight"]` is (O, I), on the device, in the model's dtype; it may be a transposed view. The schemes
-        "int8" and "int4" quantise it here. Fused layers (queries, keys and values; gate and up) come as one. The
+        "int8", "int4" and "fp8" quantise it here. Fused layers (queries, keys and values; gate and up) come as one. The
         method may keep the tensors; if it does not, their memory is free once it returns, so a model that is packed
         takes no more than itself and one layer. What it allocates comes from the platform's allocator under the tag
         "weights".

@@ -33,6 +33,11 @@ class Platform(Protocol):
         """Names of the attention backends, the preferred one first."""
         ...
 
+    def unavailable_backends(self) -> Mapping[str, str]:
+        """Attention backends that the platform knows but cannot offer here, with the reason: an optional library is
+        not installed, or does not fit the device. They are named to a user who asks for one."""
+        ...
+
     def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
         """Makes the named backend for a group of layers of this shape; allocates nothing yet.
 

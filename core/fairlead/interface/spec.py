@@ -53,7 +53,8 @@ class Capabilities:
 
     dtypes are torch names without the prefix ("float32"). The first of `block_sizes` (tokens) is the preferred one.
     Empty `head_sizes` means any. `kv_layouts` names the ways in which its backends lay the cache out, for caches that
-    travel between engines. `kv_dtypes` are those of the cache, "auto" being the model's. `quantization` names the
+    travel between engines. `kv_dtypes` are those of the cache by torch's names, "auto" being the model's; `fp8` as a
+    user writes it means the first of 8 bits. `quantization` names the
     schemes that run on methods of its own (others run on their references). `graphs`: its graph runner replays
     captured steps. With `static_shapes`, steps of other sizes than its graph runner's buckets cannot run at all.
     `max_batched_tokens` and `max_num_seqs` bound one step; None is no bound, and a lower bound of sequences than was

@@ -1,9 +1,12 @@
 """The attention layer: hands q, k and v to the platform's backend."""
 
+from typing import cast
+
 import torch
 
-from fairlead.interface import AttentionSpec
+from fairlead.interface import AttentionSpec, RotaryAttention
 from fairlead.layers.context import Step
+from fairlead.layers.rotary import Rotary
 
 
 class Attention(torch.nn.Module):
@@ -21,3 +24,26 @@ class Attention(torch.nn.Module):
     def forward(self, q_THD: torch.Tensor, k_TKD: torch.Tensor, v_TKD: torch.Tensor | None, step: Step) -> torch.Tensor:
         group = step.groups[self.group]
         return group.backend.forward(q_THD, k_TKD, v_TKD, group.kv_caches[self.layer], group.plan)
+
+    def forward_rotary(
+        self,
+        q_THD: torch.Tensor,
+        k_TKD: torch.Tensor,
+        v_TKD: torch.Tensor,
+        positions_T: torch.Tensor,
+        rotary: Rotary,
+        step: Step,
+    ) -> torch.Tensor:
+        """With q and k rotated by the backend, which must be a RotaryAttention."""
+        group = step.groups[self.group]
+        return cast(RotaryAttention, group.backend).forward_rotary(
+            q_THD,
+            k_TKD,
+            v_TKD,
+            positions_T,
+            rotary.cos_PD,
+            rotary.sin_PD,
+            rotary.interleaved,
+            group.kv_caches[self.layer],
+            group.plan,
+        )

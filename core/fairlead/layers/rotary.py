@@ -27,7 +27,7 @@ class Rotary(torch.nn.Module):
     ) -> None:
         super().__init__()
         self._rotate = ctx.ops.rotary_embedding
-        self._interleaved = interleaved
+        self.interleaved = interleaved
         factor = positive_number(params, "partial_rotary_factor")
         self._is_partial, self.rotary_size = factor != 1, int(head_size * factor)
         if not 0 < self.rotary_size <= head_size or self.rotary_size % 2:
@@ -46,10 +46,10 @@ class Rotary(torch.nn.Module):
         self, q_THD: torch.Tensor, k_TKD: torch.Tensor, positions_T: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._is_partial:
-            return self._rotate(q_THD, k_TKD, positions_T, self.cos_PD, self.sin_PD, self._interleaved)
+            return self._rotate(q_THD, k_TKD, positions_T, self.cos_PD, self.sin_PD, self.interleaved)
         q, q_rest = q_THD.tensor_split((self.rotary_size,), dim=-1)
         k, k_rest = k_TKD.tensor_split((self.rotary_size,), dim=-1)
-        q, k = self._rotate(q, k, positions_T, self.cos_PD, self.sin_PD, self._interleaved)
+        q, k = self._rotate(q, k, positions_T, self.cos_PD, self.sin_PD, self.interleaved)
         return torch.cat((q, q_rest), dim=-1), torch.cat((k, k_rest), dim=-1)
 
 

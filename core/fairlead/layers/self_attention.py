@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from fairlead.interface import AttentionSpec
+from fairlead.interface import AttentionBackend, AttentionSpec, RotaryAttention
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import Step
 from fairlead.layers.linear import Linear
@@ -64,6 +64,7 @@ class SelfAttention(torch.nn.Module):
         self.q_norm: Norm | None = None
         self.k_norm: Norm | None = None
         self.rotary = rotary
+        self._is_rotary_in_backend = False
         self.attention = Attention(
             AttentionSpec(
                 num_heads=shape.num_heads,
@@ -84,11 +85,20 @@ class SelfAttention(torch.nn.Module):
         q_THD, k_TKD, v_TKD = self._layout(qkv, self._shape)
         if self.q_norm is not None and self.k_norm is not None:
             q_THD, k_TKD = _norm_parts(self.q_norm, q_THD), _norm_parts(self.k_norm, k_TKD)
-        if self.rotary is not None:
-            q_THD, k_TKD = self.rotary(q_THD, k_TKD, positions_T)
-        out_THD = self.attention(q_THD.contiguous(), k_TKD, v_TKD, step)
+        if self._is_rotary_in_backend:
+            assert self.rotary is not None
+            out_THD = self.attention.forward_rotary(q_THD, k_TKD, v_TKD, positions_T, self.rotary, step)
+        else:
+            if self.rotary is not None:
+                q_THD, k_TKD = self.rotary(q_THD, k_TKD, positions_T)
+            out_THD = self.attention(q_THD.contiguous(), k_TKD, v_TKD, step)
         out_TE: torch.Tensor = out(out_THD.flatten(1))
         return out_TE
+
+    def give_rotary(self, backend: AttentionBackend) -> bool:
+        """Leaves the rotation of q and k to the layer's backend, if it can; whether it does. For the builder."""
+        self._is_rotary_in_backend = self.rotary is not None and isinstance(backend, RotaryAttention)
+        return self._is_rotary_in_backend
 
 
 def _norm_parts(norm: Norm, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fairlead.errors import ConfigError
 from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVCache, MemoryAllocator
 from fairlead.ops import reference
 
@@ -88,6 +89,11 @@ class ReferenceAttention(SlotCacheOwner):
     name = "reference"
 
     def __init__(self, shape: AttentionShape, allocator: MemoryAllocator, device: torch.device) -> None:
+        if shape.kv_dtype not in ("auto", shape.dtype):
+            raise ConfigError(
+                f"the {self.name!r} attention backend keeps {shape.dtype} in its cache, not {shape.kv_dtype}; "
+                "leave kv_cache_dtype at 'auto', or take another backend"
+            )
         super().__init__(shape, allocator)
         self._device = device
 

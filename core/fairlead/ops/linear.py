@@ -21,9 +21,10 @@ TOLERANCE: dict[str, dict[str, float]] = {
     UNQUANTIZED: {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
     "int8": {"float32": 2e-2, "bfloat16": 3e-2, "float16": 2e-2},
     "int4": {"float32": 1e-5, "bfloat16": 2e-2, "float16": 4e-3},
+    "fp8": {"float32": 4e-2, "bfloat16": 5e-2, "float16": 4e-2},
 }
 """Largest error of `apply` by scheme and dtype, against the dequantised weight in float32: the Frobenius norm of the
-difference over that of the result. That of int8 is what rounding the rows to 8 bits costs."""
+difference over that of the result. Those of int8 and fp8 are what rounding the rows to 8 bits costs."""
 
 INT4_GROUP = 128
 
@@ -164,6 +165,65 @@ class Int4Linear:
         return packed.dequantised()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fp8Weight:
+    """8-bit floats (O, I), and their scales (O,) in float32."""
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
+class Fp8Linear:
+    """The reference of "fp8": weights rounded to 8-bit floats by output channel, rows by token; the sum in float32.
+
+    A device whose 8-bit floats are of another kind than the open standard's E4M3 rounds to its own.
+    Source: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), sections 3 and 4.
+    """
+
+    name = "reference"
+
+    def __init__(self, allocator: MemoryAllocator | None = None) -> None:
+        self._allocator = allocator
+
+    def refuses(self, shape: LinearShape) -> str | None:
+        """Never."""
+        return None
+
+    def packed_bytes(self, shape: LinearShape) -> int:
+        """One byte a weight, and a scale an output."""
+        return _num_elements(shape) + 4 * shape.out_features
+
+    def pack(self, tensors: Mapping[str, torch.Tensor]) -> Packed:
+        """The largest of a row of the weight becomes the largest float."""
+        values, scales_O1 = _round_to_fp8(tensors["weight"].float())
+        scales = scales_O1.flatten()
+        if self._allocator is not None:
+            values, scales = (
+                self._allocator.empty(tuple(t.shape), t.dtype, tag="weights").copy_(t) for t in (values, scales)
+            )
+        return Fp8Weight(values=values, scales=scales)
+
+    def apply(self, x_NI: torch.Tensor, packed: Packed, bias_O: torch.Tensor | None) -> torch.Tensor:
+        """Rounds each row by its own largest value, multiplies, scales back."""
+        assert isinstance(packed, Fp8Weight)
+        values, scale_N1 = _round_to_fp8(x_NI.float())
+        out_NO = (values.float() @ packed.values.float().t()) * scale_N1 * packed.scales
+        return (out_NO if bias_O is None else out_NO + bias_O.float()).to(x_NI.dtype)
+
+    def dequantise(self, packed: Packed) -> torch.Tensor:
+        """In float32."""
+        assert isinstance(packed, Fp8Weight)
+        return packed.values.float() * packed.scales[:, None]
+
+
+def _round_to_fp8(x_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4M3 values, and the scales (N, 1) that give x again."""
+    dtype = torch.float8_e4m3fn
+    largest = torch.finfo(dtype).max
+    scales_N1 = (x_NI.abs().amax(-1, keepdim=True) / largest).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (x_NI / scales_N1).clamp_(-largest, largest).to(dtype), scales_N1
+
+
 def _num_elements(shape: LinearShape) -> int:
     return shape.in_features * shape.out_features
 
@@ -199,6 +259,7 @@ class LinearTable:
             UNQUANTIZED: PlainLinear(linear, linear_name),
             "int8": Int8Linear(allocator),
             "int4": Int4Linear(allocator),
+            "fp8": Fp8Linear(allocator),
         }
         for scheme in methods:
             if scheme not in references:

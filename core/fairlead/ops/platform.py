@@ -70,6 +70,10 @@ class BasicPlatform:
         """The oracle alone."""
         return (ReferenceAttention.name,)
 
+    def unavailable_backends(self) -> Mapping[str, str]:
+        """None that it could offer elsewhere."""
+        return {}
+
     def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
         """Makes the backend."""
         if name != ReferenceAttention.name:

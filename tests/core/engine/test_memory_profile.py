@@ -32,6 +32,7 @@ def test_a_step_has_the_longest_context_and_so_many_tokens(
         max_num_seqs=300,
         max_num_batched_tokens=num_tokens,
         attention_backend="sdpa",
+        kv_dtype="auto",
         device_memory_utilization=0.5,
         async_scheduling=False,
     )

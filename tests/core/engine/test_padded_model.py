@@ -1,5 +1,6 @@
 """A graph runner with buckets: every step and every row of logits has one of its sizes, and tokens stay the same."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from fairlead import LLM, SamplingParams
 from fairlead.engine import planner
+from fairlead.errors import ConfigError
 from fairlead.interface import Device, GraphRunner
 from fairlead.layers.embedding import OutputHead
 from fairlead.ops.graph import PassThrough, smallest_bucket
@@ -105,7 +107,34 @@ def test_tokens_do_not_depend_on_padding(
 def test_every_bucket_runs_before_the_first_request(tmp_path: Path, platform: Platform) -> None:
     runner = platform.runner = Static()
     LLM(str(write_tiny_llama(tmp_path)), platform="cpu", skip_tokenizer_init=True, max_num_batched_tokens=32)
-    assert runner.sizes[-len(BUCKETS) :] == list(BUCKETS)
+    assert runner.sizes[-len(BUCKETS) :] == list(reversed(BUCKETS))  # the memory of the largest serves all
+
+
+class Decodes(Static):
+    """Pads decodes alone."""
+
+    def bucket(self, num_tokens: int, max_query_len: int) -> int | None:
+        return smallest_bucket(BUCKETS, num_tokens) if max_query_len == 1 else None
+
+
+def test_buckets_that_no_step_can_have_are_left_out(tmp_path: Path, platform: Platform) -> None:
+    model, settings = str(write_tiny_llama(tmp_path)), {"platform": "cpu", "skip_tokenizer_init": True}
+    runner = platform.runner = Decodes()
+    LLM(model, max_num_seqs=3, **settings)
+    assert runner.sizes[-3:] == [4, 2, 1]
+    runner = platform.runner = Static()
+    LLM(model, max_num_seqs=3, max_num_batched_tokens=9, **settings)
+    assert runner.sizes[-5:] == [16, 8, 4, 2, 1]
+
+
+def test_eager_steps_on_demand(tmp_path: Path, platform: Platform) -> None:
+    model = str(write_tiny_llama(tmp_path))
+    runner = platform.runner = Static()
+    LLM(model, platform="cpu", skip_tokenizer_init=True, enforce_eager=True)
+    assert runner.sizes == []
+    platform.capabilities = dataclasses.replace(platform.capabilities, static_shapes=True)
+    with pytest.raises(ConfigError, match=r"enforce_eager \(it runs steps of its buckets' sizes alone\)"):
+        LLM(model, platform="cpu", skip_tokenizer_init=True, max_num_batched_tokens=32, enforce_eager=True)
 
 
 def test_padding_has_a_block_of_its_own(tmp_path: Path, platform: Platform) -> None:

@@ -11,10 +11,13 @@ import torch
 
 from fairlead.checkpoint import Checkpoint
 from fairlead.config import EngineConfig
-from fairlead.engine import builder, planner
+from fairlead.engine import builder, negotiation, planner
 from fairlead.errors import CheckpointError, ConfigError, KVCacheMemoryError, ModelMemoryError
 from fairlead.interface import (
     PLATFORM_API,
+    AttentionBackend,
+    AttentionShape,
+    AttentionSpec,
     Capabilities,
     Device,
     MemoryInfo,
@@ -24,6 +27,7 @@ from fairlead.interface import (
 )
 from fairlead.models.config import ModelShape
 from fairlead.ops import reference
+from fairlead.ops.attention import ReferenceAttention
 from fairlead.plugins import PlatformRecord
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
@@ -49,6 +53,15 @@ class AcmePlatform(CpuPlatform):
         self.providers: dict[str, tuple[OpProvider, ...]] = {}
         self.step_bytes: int | None = STEP_BYTES
         self.num_profiles = 0
+        self.unavailable: dict[str, str] = {}
+        self.shapes: list[AttentionShape] = []
+
+    def unavailable_backends(self) -> Mapping[str, str]:
+        return self.unavailable
+
+    def attention(self, name: str, shape: AttentionShape) -> AttentionBackend:
+        self.shapes.append(shape)
+        return super().attention(name, dataclasses.replace(shape, kv_dtype="auto"))
 
     def memory_info(self) -> MemoryInfo:
         return self.memory
@@ -100,6 +113,7 @@ def test_settings_are_the_users_else_the_platforms_else_the_models(model: Path, 
         max_num_seqs=256,
         max_num_batched_tokens=2048,
         attention_backend=platform.attention_backends()[0],
+        kv_dtype="auto",
         device_memory_utilization=0.5,
         async_scheduling=False,
     )
@@ -113,7 +127,11 @@ def test_settings_are_the_users_else_the_platforms_else_the_models(model: Path, 
         "device_memory_utilization": 0.25,
         "async_scheduling": True,
     }
-    assert dataclasses.asdict(build(model, **asked).plan.settings) == {**asked, "attention_backend": "reference"}
+    assert dataclasses.asdict(build(model, **asked).plan.settings) == {
+        **asked,
+        "attention_backend": "reference",
+        "kv_dtype": "auto",
+    }
 
 
 @pytest.mark.parametrize(
@@ -173,6 +191,13 @@ def test_no_more_sequences_run_than_the_platform_can(model: Path, platform: Acme
         ({"max_model_len": 1000}, {}, "max_model_len 1000 (the model was made for 512)"),
         ({"max_num_batched_tokens": 65}, {"max_batched_tokens": 64}, "max_num_batched_tokens 65 (at most 64)"),
         ({"attention_backend": "flash"}, {}, f"attention_backend flash (it has {BACKENDS})"),
+        ({"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype fp8 (it has auto)"),
+        ({"kv_cache_dtype": "bfloat16"}, {}, "kv_cache_dtype bfloat16 (it has auto)"),
+        (
+            {"kv_cache_dtype": "fp8_e5m2"},
+            {"kv_dtypes": ("auto", "float8_e4m3fn")},
+            "kv_cache_dtype fp8_e5m2 (it has auto, float8_e4m3fn)",
+        ),
     ],
     ids=str,
 )
@@ -182,6 +207,49 @@ def test_a_single_reason_stands_alone(
     restrict(platform, **changes)
     with pytest.raises(ConfigError, match=f"^platform 'acme' cannot run this model so: {re.escape(reason)}$"):
         build(model, **settings)
+
+
+def test_a_backend_that_is_missing_says_why(model: Path, platform: AcmePlatform) -> None:
+    platform.unavailable = {"SWIFT": "no package 'swift' is installed", "keen": "the device is too old for it"}
+    with pytest.raises(ConfigError) as error:
+        build(model, attention_backend="swift")
+    reason = f"attention_backend swift (no package 'swift' is installed; it has {BACKENDS}; not keen: the device is"
+    assert reason in str(error.value)
+    with pytest.raises(ConfigError) as error:
+        build(model, attention_backend="fast")
+    assert f"attention_backend fast (it has {BACKENDS}; not SWIFT: no package" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("auto", "auto"),
+        ("fp8", "float8_e4m3fnuz"),
+        ("fp8_e4m3", "float8_e4m3fnuz"),
+        ("fp8_e5m2", "float8_e5m2"),
+        ("bfloat16", "bfloat16"),
+        ("float16", None),
+    ],
+)
+def test_a_cache_of_8_bits_is_of_the_kind_that_the_device_has(
+    platform: AcmePlatform, asked: str, named: str | None
+) -> None:
+    restrict(platform, kv_dtypes=("auto", "bfloat16", "float8_e4m3fnuz", "float8_e5m2"))
+    assert negotiation.kv_dtype_of(platform, asked) == named
+
+
+def test_the_reference_keeps_the_models_dtype_or_says_so(model: Path, platform: AcmePlatform) -> None:
+    spec = AttentionSpec(num_heads=2, num_kv_heads=2, head_size=16, scale=1.0)
+    shape = AttentionShape(spec=spec, num_layers=1, block_size=16, dtype="float32", kv_dtype="float8_e4m3fn")
+    with pytest.raises(ConfigError, match="'reference' attention backend keeps float32 in its cache, not float8_e4"):
+        ReferenceAttention(shape, platform.allocator, torch.device("cpu"))
+
+
+def test_backends_are_made_for_the_dtype_of_the_cache(model: Path, platform: AcmePlatform) -> None:
+    restrict(platform, kv_dtypes=("auto", "bfloat16"))
+    built = build(model, kv_cache_dtype="bfloat16")
+    assert built.plan.settings.kv_dtype == "bfloat16"
+    assert [shape.kv_dtype for shape in platform.shapes] == ["bfloat16"]
 
 
 def test_no_config_is_changed(model: Path, platform: AcmePlatform) -> None:

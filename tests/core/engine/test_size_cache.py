@@ -30,6 +30,7 @@ def make_settings(max_model_len: int, block_size: int, chunk: int, max_num_seqs:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=chunk,
         attention_backend="sdpa",
+        kv_dtype="auto",
         device_memory_utilization=0.5,
         async_scheduling=False,
     )

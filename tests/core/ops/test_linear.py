@@ -9,7 +9,7 @@ from torch.nn import functional
 from fairlead.errors import ConfigError, PluginContractError
 from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape
 from fairlead.ops import reference
-from fairlead.ops.linear import INT4_GROUP, TOLERANCE, Int4Linear, Int8Linear, LinearTable, PlainLinear
+from fairlead.ops.linear import INT4_GROUP, TOLERANCE, Fp8Linear, Int4Linear, Int8Linear, LinearTable, PlainLinear
 
 SHAPES = [(1, 1, 1), (3, 64, 96), (5, 200, 33), (0, 128, 7), (70, 129, 2)]
 SHAPE = LinearShape(in_features=64, out_features=96, dtype="float32")
@@ -17,6 +17,7 @@ METHODS: dict[str, LinearMethod] = {
     UNQUANTIZED: PlainLinear(reference.linear),
     "int8": Int8Linear(),
     "int4": Int4Linear(),
+    "fp8": Fp8Linear(),
 }
 
 
@@ -81,6 +82,17 @@ def test_each_weight_is_within_half_a_step(scheme: str, group: int, max_value: i
         part = weight[:, start : start + group]
         step = part.abs().amax(1, keepdim=True) / max_value
         assert bool(((found[:, start : start + group] - part).abs() <= step / 2 * (1 + 1e-4)).all())
+
+
+def test_each_weight_is_within_half_a_step_of_a_float_of_8_bits() -> None:
+    weight = random(33, 200)
+    weight[3] = 0.0
+    weight[4, 0] = 1e6  # beside which the others are nothing
+    found = METHODS["fp8"].dequantise(METHODS["fp8"].pack({"weight": weight}))
+    smallest = weight.abs().amax(1, keepdim=True) / 448 * 2**-10
+    assert bool(((found - weight).abs() <= (weight.abs() * 2**-4).clamp(min=smallest) * (1 + 1e-4)).all())
+    assert bool(found[3].eq(0).all())
+    assert float(found[4, 0]) == pytest.approx(1e6)
 
 
 @pytest.mark.parametrize("scheme", METHODS)

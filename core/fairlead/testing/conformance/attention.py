@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from fairlead.errors import ConfigError
-from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec
+from fairlead.interface import AttentionMetadata, AttentionShape, AttentionSpec, RotaryAttention
 from fairlead.ops import reference
 from fairlead.ops.table import TOLERANCE
-from fairlead.testing.conformance.check import Check, Outcome
+from fairlead.testing.conformance.check import REFERENCE, UNSUPPORTED, Check, Outcome
 from fairlead.testing.conformance.subject import Subject
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -48,6 +48,32 @@ class _Sequence:
     num_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Turn:
+    """A rotary table of angles that mean nothing."""
+
+    cos_PR: torch.Tensor
+    sin_PR: torch.Tensor
+    interleaved: bool
+
+    @classmethod
+    def of(cls, size: int, dtype: str, *, interleaved: bool) -> "_Turn":
+        """For `size` dimensions and 2048 positions."""
+        angles = torch.outer(torch.arange(2048.0), 0.3 ** torch.arange(size // 2))
+        angles = angles.repeat_interleave(2, dim=1) if interleaved else angles.repeat(1, 2)
+        cos, sin = (x.to(getattr(torch, dtype)) for x in (angles.cos(), angles.sin()))
+        return cls(cos_PR=cos, sin_PR=sin, interleaved=interleaved)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, positions_T: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first dimensions rotated, in float32."""
+        size, (cos, sin) = self.cos_PR.shape[1], (x.float() for x in (self.cos_PR, self.sin_PR))
+        q, k = q.float(), k.float()
+        turned = reference.rotary_embedding(q[..., :size], k[..., :size], positions_T, cos, sin, self.interleaved)
+        return torch.cat((turned[0], q[..., size:]), dim=-1), torch.cat((turned[1], k[..., size:]), dim=-1)
+
+
 class _Backend:
     """One backend in one dtype."""
 
@@ -73,6 +99,7 @@ class _Backend:
             yield self._check(kind, self._sweep([self._shape(**settings)]))
         for size in capabilities.block_sizes:
             yield self._check(f"block size {size}", self._sweep([self._shape(block_size=size)]))
+        yield self._check("rotary embedding in the write", self._rotary)
         yield self._check("copied blocks", lambda: self._examine(self._shape(), [self._copies]))
         has_swap = self.s.platform.max_swap_bytes(0) is not None
         swap = _unsupported("max_swap_bytes is None") if not has_swap else self._swap
@@ -137,6 +164,24 @@ class _Backend:
             errors += [trial.step([(seq, 1) for seq in reversed(seqs)]) for _ in range(size)]
         return errors
 
+    def _rotary(self) -> Outcome:
+        shape = self._shape()
+        try:
+            backend = self.s.platform.attention(self.name, shape)
+        except ConfigError as error:
+            return Outcome(status=UNSUPPORTED, reason=str(error))
+        if not isinstance(backend, RotaryAttention):
+            return Outcome(status=REFERENCE, reason="it has no forward_rotary")
+        return self._examine(shape, [self._turns])
+
+    def _turns(self, trial: "_Trial") -> list[float]:
+        """All of a head's dimensions rotated by halves, then some of them by neighbours."""
+        errors = []
+        for size, interleaved in ((self.head_size, False), (self.head_size // 4 * 2, True)):
+            trial.turn = _Turn.of(size, self.dtype, interleaved=interleaved)
+            errors += self._steps(trial)
+        return errors
+
     def _copies(self, trial: "_Trial") -> list[float]:
         """A sequence goes on in copies of its blocks, and in copies of the copies made in the same call."""
         size = trial.shape.block_size
@@ -178,6 +223,7 @@ class _Trial:
         self._free = (1 + self._rng.permutation(num_blocks - 1)).tolist()
         self._padding_block = self._free.pop()
         self._runner = subject.platform.graph_runner()
+        self.turn: _Turn | None = None
         self._num_blocks = num_blocks
         self._caches = backend.allocate(num_blocks)
         slots = num_blocks * shape.block_size
@@ -237,13 +283,16 @@ class _Trial:
         metadata = self._metadata(seqs, query_lens)
         q, k, v = self._inputs(len(metadata.slot_mapping_T))
         slots_T = torch.from_numpy(metadata.slot_mapping_T[:num_tokens]).long()
-        reference.kv_cache_write(k[:num_tokens].float(), self._keys, slots_T)
+        seen_q, seen_k = q[:num_tokens].float(), k[:num_tokens].float()
+        if self.turn is not None:
+            seen_q, seen_k = self.turn(seen_q, seen_k, _positions(metadata)[:num_tokens])
+        reference.kv_cache_write(seen_k, self._keys, slots_T)
         if spec.value_size is None:
             reference.kv_cache_write(v[:num_tokens].float(), self._values, slots_T)
         want = torch.zeros(num_tokens, spec.num_heads, spec.value_size or spec.head_size)
         if self.s.platform.capabilities.computes:
             want = reference.paged_attention(
-                q[:num_tokens].float(),
+                seen_q,
                 self._keys,
                 self._values,
                 query_lens,
@@ -268,7 +317,13 @@ class _Trial:
             for name, array in before.items():
                 is_same = np.array_equal(array, getattr(metadata, name))
                 self.s.expect(is_same, f"{self.hook}.plan", "metadata unchanged", f"{name} was changed")
-            out: torch.Tensor = self.backend.forward(inputs["q"], inputs["k"], inputs.get("v"), self._caches[0], plan)
+            qkv, turn = (inputs["q"], inputs["k"], inputs.get("v")), self.turn
+            if turn is None:
+                out: torch.Tensor = self.backend.forward(*qkv, self._caches[0], plan)
+            else:
+                at = self.s.to_device(_positions(metadata))
+                cos, sin = self.s.to_device(turn.cos_PR), self.s.to_device(turn.sin_PR)
+                out = self.backend.forward_rotary(*qkv, at, cos, sin, turn.interleaved, self._caches[0], plan)
         return out
 
     def _padded(self, num_tokens: int, longest: int) -> int:
@@ -323,6 +378,13 @@ class _Trial:
         for row, seq in zip(tables, seqs, strict=True):
             row[: len(seq.blocks)] = seq.blocks
         return tables
+
+
+def _positions(metadata: AttentionMetadata) -> torch.Tensor:
+    """Of the packed tokens."""
+    lens_S, ends_S = metadata.query_lens_S.astype(np.int64), metadata.seq_lens_S.astype(np.int64)
+    last_S = np.cumsum(lens_S)
+    return torch.from_numpy(np.arange(last_S[-1]) + np.repeat(ends_S - last_S, lens_S))
 
 
 def _unsupported(reason: str) -> Callable[[], Outcome]:

@@ -18,6 +18,7 @@ from fairlead.testing.conformance.subject import Subject
 SIZES, MORE_SIZES = ((64, 48), (320, 131)), ((96, 96), (128, 576), (576, 1536))  # inputs, outputs
 ROWS = (0, 1, 7, 33)
 LEVELS = {"int8": 127, "int4": 7}  # the largest integer of a scheme
+SMALLEST_FP8_MAX = 240  # of the kinds of E4M3, whose smallest steps are 2**-9 and 2**-10
 
 
 def checks(subject: Subject) -> Iterator[Check]:
@@ -105,6 +106,9 @@ class _Method:
         """How far each weight may be off: half a step by rounding, a whole one where an uneven range clips it."""
         if self.scheme == UNQUANTIZED:
             return torch.zeros_like(weight_OI)
+        if self.scheme == "fp8":  # 3 bits of mantissa; below the normal numbers a step of their own
+            largest = weight_OI.abs().amax(1, keepdim=True)
+            return weight_OI.abs() * (2**-4 + 2**-8) * 1.01 + largest * 2**-9 / SMALLEST_FP8_MAX
         groups = torch.split(weight_OI, INT4_GROUP if self.scheme == "int4" else weight_OI.shape[1], dim=1)
         steps = [group.abs().amax(1, keepdim=True).expand_as(group) / LEVELS[self.scheme] for group in groups]
         return torch.cat(steps, dim=1) * 1.01 + weight_OI.abs() * 2**-8  # scales and results may be rounded too

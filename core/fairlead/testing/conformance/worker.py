@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from fairlead import plugins
 from fairlead.config import PlatformConfig
 from fairlead.errors import FairleadError
+from fairlead.testing.conformance import absent
 from fairlead.testing.conformance.check import TIERS, Check, Result, failed, hung, run_check
 
 
@@ -45,7 +46,12 @@ class Worker:
         listing = Check(tier=TIERS[0], name="discovery", hook="fairlead_platforms", run=lambda: None)  # type: ignore
         with _Watch(self, listing, self._arguments.start_timeout):
             a = self._arguments
+            tiers = a.tier or list(TIERS)
             try:
+                record = absent.find(a.platform)
+                if record is not None:
+                    self._checks = {check.id: check for check in absent.checks(record, tiers)}
+                    return self._listing()
                 for name, device in ((a.platform, a.device), (a.against, None)):
                     if name is not None:
                         plugins.choose(PlatformConfig(platform=name, device=device))
@@ -56,7 +62,10 @@ class Worker:
                 against = None if a.against is None else make_subject(a.against, None, full=a.full)
             except FairleadError as error:
                 return {"checks": [], "failed": asdict(failed(TIERS[0], "discovery", str(error)))}
-            self._checks = {check.id: check for check in all_checks(subject, a.tier or list(TIERS), against)}
+            self._checks = {check.id: check for check in all_checks(subject, tiers, against)}
+        return self._listing()
+
+    def _listing(self) -> dict[str, Any]:
         return {"checks": [{"tier": c.tier, "name": c.name} for c in self._checks.values()], "failed": None}
 
     def _run(self, check_id: str) -> Result:

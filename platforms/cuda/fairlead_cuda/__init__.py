@@ -1,0 +1,1 @@
+"""The CUDA (NVIDIA) platform of Fairlead."""

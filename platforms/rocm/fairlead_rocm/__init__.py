@@ -1,0 +1,1 @@
+"""The ROCm (AMD) platform of Fairlead."""

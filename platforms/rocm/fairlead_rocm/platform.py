@@ -1,0 +1,143 @@
+"""An AMD device as a Platform. In torch it is called "cuda", and its graphs and collectives bear CUDA's names."""
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fairlead.interface import AttentionBackend, AttentionShape, Capabilities, Defaults, Device, OpProvider
+from fairlead_triton.attention.tiles import DeviceTraits
+from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention
+from fairlead_triton.device.libraries import Version, installed_version
+from fairlead_triton.device.platform import DevicePlatform
+from fairlead_triton.device.runtime import Runtime, torch_runtime
+from fairlead_triton.device.varlen import VarlenAttention
+from fairlead_triton.linear import linear_methods
+from fairlead_triton.ops import providers
+
+AITER = "aiter"
+_AITER_BLOCK = 128
+_AITER_ARCHS = ("gfx942", "gfx950")  # those that its own kernels are written for
+
+Load = Callable[[str], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arch:
+    """What an architecture can do, by its name: no list of cards, so that one of tomorrow works as its family does.
+
+    `matrix_fp8` is the 8-bit format of its matrix instructions: with one zero and no infinities of its own ("fnuz",
+    on gfx940 to gfx942), as the open standard has it ("fn", later ones), or None.
+    """
+
+    name: str
+    wave_size: int
+    has_bfloat16: bool
+    matrix_fp8: torch.dtype | None
+
+    @classmethod
+    def of(cls, name: str, wave_size: int) -> "Arch":
+        """`name` as torch tells it, features included: "gfx942:sramecc+:xnack-"."""
+        base = name.partition(":")[0]
+        found = re.fullmatch(r"gfx(\d+)([0-9a-f])([0-9a-f])", base)
+        major, minor, step = (int(found[1]), int(found[2], 16), int(found[3], 16)) if found else (0, 0, 0)
+        fp8: torch.dtype | None = None
+        if (major, minor) == (9, 4):
+            fp8 = torch.float8_e4m3fnuz
+        elif (major, minor) == (9, 5) or major >= 12:
+            fp8 = torch.float8_e4m3fn
+        has_bfloat16 = major >= 11 or (major, minor) >= (9, 4) or (major, minor, step) == (9, 0, 10)
+        if major == 10:
+            has_bfloat16 = False
+        return cls(name=base, wave_size=wave_size, has_bfloat16=has_bfloat16, matrix_fp8=fp8)
+
+
+class RocmPlatform(DevicePlatform):
+    """Triton's kernels and torch's; AITER's where it is installed and has kernels for the device."""
+
+    name = "rocm"
+
+    def __init__(
+        self,
+        device: Device,
+        runtime: Runtime,
+        *,
+        version: Version = installed_version,
+        load: Load = importlib.import_module,
+    ) -> None:
+        super().__init__(device, runtime)
+        properties = runtime.module.get_device_properties(runtime.index)
+        self.arch = Arch.of(properties.gcnArchName, getattr(properties, "warp_size", 64))
+        self.tuning_key = self.arch.name
+        # What a work-group shares lies in LDS; tiles are chosen to fit, and wide waves to be filled.
+        self.traits = DeviceTraits(
+            shared_memory_bytes=getattr(properties, "shared_memory_per_block", 64 * 1024),
+            num_processors=getattr(properties, "multi_processor_count", 64),
+            native_fp8=self.arch.matrix_fp8 is torch.float8_e4m3fn,
+        )
+        self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)
+        self.providers = providers(self.tuning_key)
+        self.methods = linear_methods(self.tuning_key, self.device_allocator)
+        self._add_aiter(version, load)
+        has_bfloat16 = self.arch.has_bfloat16
+        self.library, self.make_group = "RCCL", rccl_group
+        self.capabilities = Capabilities(
+            dtypes=("bfloat16", "float16", "float32") if has_bfloat16 else ("float16", "float32"),
+            block_sizes=TRITON_BLOCK_SIZES,
+            kv_dtypes=tuple(KV_FORMATS),
+            kv_layouts=("paged", "slots"),
+            quantization=tuple(scheme for scheme in self.methods if scheme != "unquantized"),
+            graphs=runtime.new_graph is not None,
+            batch_invariant=False,  # as on CUDA: torch's matrix products are not
+            max_world_size=runtime.module.device_count(),
+        )
+        self.defaults = Defaults(
+            dtype="bfloat16" if has_bfloat16 else "float16",
+            block_size=16,
+            max_num_batched_tokens=8192,
+            device_memory_utilization=0.9,
+            async_scheduling=True,
+        )
+
+    @classmethod
+    def on(cls, device: Device) -> "RocmPlatform":
+        """The real one: torch numbers devices as the probe does."""
+        return cls(device, torch_runtime("cuda", int(device.name.partition(":")[2])))
+
+    def _add_aiter(self, version: Version, load: Load) -> None:
+        """Attention and norms of AMD's own library; or why not."""
+        distribution = next((name for name in ("amd-aiter", "aiter") if version(name) is not None), None)
+        if distribution is None:
+            self.unavailable[AITER] = "the package 'amd-aiter' is not installed"
+            return
+        if self.arch.name not in _AITER_ARCHS:
+            known = ", ".join(_AITER_ARCHS)
+            self.unavailable[AITER] = f"{distribution} has kernels for {known}, not for {self.arch.name}"
+            return
+        try:
+            library = load(AITER)
+        except Exception as error:  # built for another torch, most often: whatever it raises is the reason
+            why = " ".join(str(error).split())
+            self.unavailable[AITER] = f"{distribution} {version(distribution)} cannot be imported: {why:.200}"
+            return
+        self.backends[AITER] = partial(self._aiter_attention, library)
+        norm = OpProvider(name=AITER, fn=library.rms_norm, priority=5, refuses=_not_16_bits)
+        self.providers = {**self.providers, "rms_norm": (*self.providers.get("rms_norm", ()), norm)}
+
+    def _aiter_attention(self, library: Any, shape: AttentionShape) -> AttentionBackend:
+        varlen = library.flash_attn_varlen_func
+        return VarlenAttention(AITER, varlen, shape, self.allocator, self.torch_device, block_multiple=_AITER_BLOCK)
+
+
+def _not_16_bits(dtype: str) -> str | None:
+    return None if dtype in ("bfloat16", "float16") else f"AITER's norm has no {dtype}"
+
+
+def rccl_group(store: Any, rank: int, world_size: int) -> Any:
+    """A process group over RCCL, which torch has under NCCL's name."""
+    dist: Any = torch.distributed
+    return dist.ProcessGroupNCCL(store, rank, world_size, dist.ProcessGroupNCCL.Options())

@@ -1,0 +1,1 @@
+"""The XPU (Intel) platform of Fairlead."""
