@@ -29,7 +29,7 @@
 #define FL_ISA "avx2"
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #define FL_SIMD_NEON 1
-#if defined(__ARM_FEATURE_BF16)
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define FL_ISA "neon_bf16"
 #else
 #define FL_ISA "neon"
