@@ -21,6 +21,8 @@
 #define FL_ISA "amx"
 #elif defined(__AVX512BF16__)
 #define FL_ISA "avx512bf16"
+#elif defined(__AVX512VNNI__)
+#define FL_ISA "avx512vnni"
 #else
 #define FL_ISA "avx512"
 #endif
