@@ -20,13 +20,13 @@ FULL = os.environ.get("FAIRLEAD_TEST_FULL") == "1"
 # The processor that each library is for and that has no more than it needs.
 PROCESSORS = {"neon_bf16": "max", "neon": "cortex-a53", "generic": "cortex-a53"}
 ISAS = tuple(PROCESSORS) if FULL else ("neon_bf16",)
-TESTS = ("test_cpu_linear.py", "test_cpu_ops.py", "test_cpu_attention.py", "test_native_attention.py")
+TESTS = ("test_cpu_linear.py", "test_cpu_ops.py", "test_cpu_attention.py", "test_cpu_sampling.py")
 CHOSEN = (
     "apply_is_a_product or gate_and_up or activation_and_residual or activations_over or numbers_that_are_none"
-    " or provider_equals_reference or rows_do_not_depend or kinds_of_attention or head_ratios"
+    " or provider_equals_reference or rows_do_not_depend or kinds_of_attention or head_ratios or of_the_reference"
     if FULL
     else "(apply_is_a_product and bfloat16) or (gate_and_up and gelu_tanh) or (provider_equals_reference and sliced)"
-    " or (kinds_of_attention and (full or latent or blocks or cap))"
+    " or (kinds_of_attention and (full or latent or blocks or cap)) or (of_the_reference and not 32003)"
 )
 RUN = """
 import sys
@@ -91,5 +91,5 @@ def test_the_same_calls_give_the_same_results(
     run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, (run.stdout + run.stderr)[-8000:]
     print(run.stdout)
-    for function in ("fl_linear", "fl_attention", "fl_pack_int4", "fl_rms_norm", "fl_gate", "fl_rotary"):
+    for function in ("fl_linear", "fl_attention", "fl_rms_norm", "fl_rotary", "fl_draw_filtered", "fl_lora_expand"):
         assert f"{isa} {function}: " in run.stdout

@@ -50,6 +50,13 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_rotary": (None, (_I32, _I32, *(_P, _I64, _I64, _I64) * 2, _P, _P, _P, _I64, _I64, _P, _P)),
     "fl_gate": (None, (_I32, _I32, _P, _I64, _P, _I64, _I64)),
     "fl_embedding": (None, (_P, _I64, _P, _I64, _P)),
+    # rows at a stride, what rules them, sizes, what is written
+    "fl_draw": (None, (_P, _I64, _P, _I64, _I64, _P)),
+    "fl_draw_filtered": (None, (_P, _I64, _P, _I64, _I64, _P)),
+    "fl_token_bitmask": (None, (_I32, _P, _I64, _P, _I64, _P, _I64, _I64)),
+    "fl_penalties": (None, (*(_P,) * 5, _I64)),
+    "fl_lora_shrink": (None, (_I32, _P, _I64, _P, _P, _P, _I64, _I64, _I64)),
+    "fl_lora_expand": (None, (_I32, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64)),
     "fl_attention_block_bytes": (_I64, (_P,)),
     "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
     "fl_attention_scratch_bytes": (_I64, (_P, _P)),

@@ -182,6 +182,51 @@ class Calls:
             found[5] = found[7] = replace(found[7], is_read=True)
         return found
 
+    def fl_draw(self, a: Sequence[Any]) -> Buffers:
+        probs, stride, uniform, num_rows, size, tokens = a
+        read = rows(probs, num_rows, size, stride, 4)
+        return {0: read, 2: rows(uniform, num_rows, 1, 1, 8), 5: exact(tokens, 8 * num_rows)}
+
+    def fl_draw_filtered(self, a: Sequence[Any]) -> Buffers:
+        return self.fl_draw(a) | {2: rows(a[2], 4, a[3], a[3], 8)}
+
+    def fl_token_bitmask(self, a: Sequence[Any]) -> Buffers:
+        bf16, logits, stride, words, words_stride, out, num_rows, size = a
+        return {
+            1: rows(logits, num_rows, size, stride, BYTES[bf16]),
+            3: rows(words, num_rows, -(-size // 32), words_stride, 4),
+            5: exact(out, num_rows * size * BYTES[bf16]),
+        }
+
+    def fl_penalties(self, a: Sequence[Any]) -> Buffers:
+        logits, index, *_, count = a
+        most = int(self._numbers(index, count, ctypes.c_int64).max()) + 1 if count else 0
+        penalties = {i: rows(a[i], count, 1, 1, 4) for i in (2, 3, 4)}
+        written = replace(exact(logits, 4 * most), is_read=True)
+        return {0: written, 1: rows(index, count, 1, 1, 8)} | penalties
+
+    def _adapters(self, at: int, adapter: int, num_rows: int, num_bytes: int) -> tuple[Buffer, Buffer]:
+        """The matrices up to the last that a row has, and the adapters of the rows."""
+        most = int(self._numbers(adapter, num_rows, ctypes.c_int64).max()) + 1 if num_rows else 0
+        return Buffer(address=at, num_bytes=most * num_bytes), rows(adapter, num_rows, 1, 1, 8)
+
+    def fl_lora_shrink(self, a: Sequence[Any]) -> Buffers:
+        bf16, x, x_stride, matrix, adapter, out, num_rows, rank, size = a
+        matrices, adapters = self._adapters(matrix, adapter, num_rows, rank * size * BYTES[bf16])
+        read = rows(x, num_rows, size, x_stride, BYTES[bf16])
+        return {1: read, 3: matrices, 4: adapters, 5: result(out, 0, num_rows, rank)}
+
+    def fl_lora_expand(self, a: Sequence[Any]) -> Buffers:
+        bf16, y, y_stride, h, h_stride, matrix, adapter, out, num_rows, size, rank = a
+        matrices, adapters = self._adapters(matrix, adapter, num_rows, rank * size * BYTES[bf16])
+        return {
+            1: rows(y, num_rows, size, y_stride, BYTES[bf16]),
+            3: rows(h, num_rows, rank, h_stride, 4),
+            5: matrices,
+            6: adapters,
+            7: result(out, bf16, num_rows, size),
+        }
+
     def _shape(self, address: int) -> Buffer:
         shape = native_attention._Shape.from_address(address)
         slopes = ctypes.cast(shape.alibi_slopes, ctypes.c_void_p).value
