@@ -34,7 +34,8 @@ COMMON_FLAGS = (
 )
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-_AVX512BF16 = (*_AVX512, "-mavx512vnni", "-mavx512bf16", "-mavx512vbmi")
+_AVX512VNNI = (*_AVX512, "-mavx512vnni")
+_AVX512BF16 = (*_AVX512VNNI, "-mavx512bf16", "-mavx512vbmi")
 _NEON_BF16 = "-march=armv8.2-a+dotprod+i8mm+bf16"
 # What to compile for each machine. The platform picks one of these at load, by what the processor has
 # (fairlead_cpu/native.py). One that the compiler does not know is left out and named.
@@ -43,6 +44,7 @@ ISA_FLAGS = {
         "generic": (),
         "avx2": _AVX2,
         "avx512": _AVX512,
+        "avx512vnni": _AVX512VNNI,
         "avx512bf16": _AVX512BF16,
         "amx": (*_AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     },

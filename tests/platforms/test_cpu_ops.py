@@ -9,6 +9,8 @@ import torch
 from fairlead.ops import reference
 from fairlead.ops.table import OP_NAMES, TOLERANCE
 from fairlead_cpu import native, topology
+from fairlead_cpu.native_lora import lora_providers
+from fairlead_cpu.native_sampling import sampling_providers
 from fairlead_cpu.ops import TORCH, providers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -19,7 +21,8 @@ def find_cases() -> list[tuple[str, str, Callable[..., object]]]:
     cases = [(op, provider.name, provider.fn) for op, provider in TORCH.items()]
     for isa in native.usable():
         kernels = native.Kernels(isa, topology.Layout(cpus=(-1, -1), bound=False, reason="test"))
-        own = [(op, found[0]) for op, found in providers(kernels).items()]
+        elsewhere = sampling_providers(kernels) | lora_providers(kernels)  # test_cpu_sampling.py
+        own = [(op, found[0]) for op, found in providers(kernels).items() if op not in elsewhere]
         cases += [(op, f"{provider.name} {isa}", provider.fn) for op, provider in own]
     return cases
 

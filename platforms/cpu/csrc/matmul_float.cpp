@@ -83,7 +83,7 @@ struct Bfloat16 : FloatSums {
     return {_mm512_dpbf16_ps(v.v, reinterpret_cast<__m512bh>(b), reinterpret_cast<__m512bh>(a))};
   }
 };
-#elif defined(FL_SIMD_NEON) && defined(__ARM_FEATURE_BF16)
+#elif defined(FL_SIMD_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 struct Bfloat16 : FloatSums {
   using X = bf16;
   using W = bf16;

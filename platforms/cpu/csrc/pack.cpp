@@ -1,5 +1,6 @@
 // Packing of weights, once at load; the layouts are described in matmul.h and matmul_int4.cpp.
 #include "matmul.h"
+#include "replay.h"
 
 using namespace matmul;
 
@@ -83,6 +84,8 @@ FL_API void fl_pack_float(int32_t scheme, int32_t pair, const void* source, int3
   });
 }
 
+FL_RECORDABLE(fl_pack_float)
+
 // Quantises to int8, symmetric, one scale per output: largest magnitude / 127. scale and sums: one per packed column.
 FL_API void fl_pack_int8(int32_t pair, const void* source, int32_t dtype, int64_t stride, int64_t out, int64_t k,
                          int8_t* to, float* scale, int32_t* sums) {
@@ -107,6 +110,8 @@ FL_API void fl_pack_int8(int32_t pair, const void* source, int32_t dtype, int64_
     }
   });
 }
+
+FL_RECORDABLE(fl_pack_int8)
 
 // Quantises to int4: in every group the value of the largest magnitude becomes -8, so all 16 numbers are used.
 FL_API void fl_pack_int4(int32_t pair, const void* source, int32_t dtype, int64_t stride, int64_t out, int64_t k,
@@ -138,3 +143,5 @@ FL_API void fl_pack_int4(int32_t pair, const void* source, int32_t dtype, int64_
       }
   });
 }
+
+FL_RECORDABLE(fl_pack_int4)

@@ -60,7 +60,7 @@ int64_t fma_loop(int64_t n) {
   return n * kChains * 2 * simd::kWidth;
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__)
 int64_t dot_loop(int64_t n, bool is_int8) {
   __m512i sum[kChains];
   for (int i = 0; i < kChains; i++) sum[i] = _mm512_set1_epi32(i);
@@ -69,11 +69,13 @@ int64_t dot_loop(int64_t n, bool is_int8) {
     asm volatile("" : "+v"(x), "+v"(y));
 #pragma GCC unroll 16
     for (int i = 0; i < kChains; i++)
-      if (is_int8)
-        sum[i] = _mm512_dpbusd_epi32(sum[i], x, y);
-      else
+#if defined(__AVX512BF16__)
+      if (!is_int8)
         sum[i] = _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum[i]), reinterpret_cast<__m512bh>(x),
                                                       reinterpret_cast<__m512bh>(y)));
+      else
+#endif
+        sum[i] = _mm512_dpbusd_epi32(sum[i], x, y);
   }
   volatile int keep = 0;
   for (int i = 0; i < kChains; i++) keep = keep + _mm512_reduce_add_epi32(sum[i]);
@@ -86,6 +88,8 @@ int64_t multiply(int32_t scheme, int64_t n) {
   if (scheme != kFloat32) return amx_loop(n, scheme == kInt8);
 #elif defined(__AVX512BF16__)
   if (scheme != kFloat32) return dot_loop(n, scheme == kInt8);
+#elif defined(__AVX512VNNI__)
+  if (scheme == kInt8) return dot_loop(n, true);
 #else
   (void)scheme;
 #endif

@@ -21,6 +21,8 @@
 #define FL_ISA "amx"
 #elif defined(__AVX512BF16__)
 #define FL_ISA "avx512bf16"
+#elif defined(__AVX512VNNI__)
+#define FL_ISA "avx512vnni"
 #else
 #define FL_ISA "avx512"
 #endif
@@ -29,7 +31,7 @@
 #define FL_ISA "avx2"
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #define FL_SIMD_NEON 1
-#if defined(__ARM_FEATURE_BF16)
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
 #define FL_ISA "neon_bf16"
 #else
 #define FL_ISA "neon"

@@ -21,12 +21,14 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 _X86_AVX2 = frozenset({"avx2", "fma", "f16c"})
 _X86_AVX512 = _X86_AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
-_X86_BF16 = _X86_AVX512 | {"avx512_vnni", "avx512_bf16", "avx512vbmi"}
+_X86_VNNI = _X86_AVX512 | {"avx512_vnni"}
+_X86_BF16 = _X86_VNNI | {"avx512_bf16", "avx512vbmi"}
 _ARM_BF16 = frozenset({"asimddp", "i8mm", "bf16"})
 # Best first; the features are named as Linux names them. Every library runs on a machine that has its features.
 _NEEDS: dict[str, frozenset[str]] = {
     "amx": _X86_BF16 | {"amx_tile", "amx_bf16", "amx_int8"},
     "avx512bf16": _X86_BF16,
+    "avx512vnni": _X86_VNNI,
     "avx512": _X86_AVX512,
     "avx2": _X86_AVX2,
     "neon_bf16": _ARM_BF16 | {"asimd"},
@@ -48,6 +50,13 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_rotary": (None, (_I32, _I32, *(_P, _I64, _I64, _I64) * 2, _P, _P, _P, _I64, _I64, _P, _P)),
     "fl_gate": (None, (_I32, _I32, _P, _I64, _P, _I64, _I64)),
     "fl_embedding": (None, (_P, _I64, _P, _I64, _P)),
+    # rows at a stride, what rules them, sizes, what is written
+    "fl_draw": (None, (_P, _I64, _P, _I64, _I64, _P)),
+    "fl_draw_filtered": (None, (_P, _I64, _P, _I64, _I64, _P)),
+    "fl_token_bitmask": (None, (_I32, _P, _I64, _P, _I64, _P, _I64, _I64)),
+    "fl_penalties": (None, (*(_P,) * 5, _I64)),
+    "fl_lora_shrink": (None, (_I32, _P, _I64, _P, _P, _P, _I64, _I64, _I64)),
+    "fl_lora_expand": (None, (_I32, _P, _I64, _P, _I64, _P, _P, _P, _I64, _I64, _I64)),
     "fl_attention_block_bytes": (_I64, (_P,)),
     "fl_attention_plan": (_I64, (_P, _I64, _P, _P, _P, _I64, _P, _I64, _P, _I64)),
     "fl_attention_scratch_bytes": (_I64, (_P, _P)),

@@ -11,7 +11,8 @@ import torch
 from fairlead.interface import OpProvider
 from fairlead_cpu.native import Kernels
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""The kernels' number of each."""
 
 
 class NativeOps:
@@ -45,12 +46,12 @@ class NativeOps:
         self, x_NE: torch.Tensor, residual_NE: torch.Tensor, weight_E: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Adds in the pass that sums."""
-        x_NE, residual_NE = _rows(x_NE), _rows(residual_NE)
+        x_NE, residual_NE = rows(x_NE), rows(residual_NE)
         num_rows, size = x_NE.shape
         out_NE = torch.empty((num_rows, size), dtype=x_NE.dtype)
         total_NE = torch.empty((num_rows, size), dtype=x_NE.dtype)
         self._rms_norm(
-            _DTYPES[x_NE.dtype],
+            DTYPES[x_NE.dtype],
             False,
             x_NE.data_ptr(),
             x_NE.stride(0),
@@ -66,11 +67,11 @@ class NativeOps:
         return out_NE, total_NE
 
     def _norm(self, x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float, *, gemma: bool) -> torch.Tensor:
-        x_NE = _rows(x_NE)
+        x_NE = rows(x_NE)
         num_rows, size = x_NE.shape
         out_NE = torch.empty((num_rows, size), dtype=x_NE.dtype)
         self._rms_norm(
-            _DTYPES[x_NE.dtype],
+            DTYPES[x_NE.dtype],
             gemma,
             x_NE.data_ptr(),
             x_NE.stride(0),
@@ -89,11 +90,11 @@ class NativeOps:
         self, x_NE: torch.Tensor, weight_E: torch.Tensor, bias_E: torch.Tensor | None, eps: float
     ) -> torch.Tensor:
         """Mean, variance around it, result: three passes over a row in cache."""
-        x_NE = _rows(x_NE)
+        x_NE = rows(x_NE)
         num_rows, size = x_NE.shape
         out_NE = torch.empty((num_rows, size), dtype=x_NE.dtype)
         self._layer_norm(
-            _DTYPES[x_NE.dtype],
+            DTYPES[x_NE.dtype],
             x_NE.data_ptr(),
             x_NE.stride(0),
             weight_E.data_ptr(),
@@ -115,13 +116,13 @@ class NativeOps:
         interleaved: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k in one call."""
-        q_THD, k_TKD, positions_T = _rows(q_THD), _rows(k_TKD), positions_T.contiguous()
+        q_THD, k_TKD, positions_T = rows(q_THD), rows(k_TKD), positions_T.contiguous()
         num_tokens, num_q, size = q_THD.shape
         num_k = k_TKD.shape[1]
         q_out_THD = torch.empty((num_tokens, num_q, size), dtype=q_THD.dtype)
         k_out_TKD = torch.empty((num_tokens, num_k, size), dtype=k_TKD.dtype)
         self._rotary(
-            _DTYPES[q_THD.dtype],
+            DTYPES[q_THD.dtype],
             interleaved,
             q_THD.data_ptr(),
             q_THD.stride(0),
@@ -150,20 +151,21 @@ class NativeOps:
         return self._gated(x_N2F, gelu=True)
 
     def _gated(self, x_N2F: torch.Tensor, *, gelu: bool) -> torch.Tensor:
-        x_N2F = _rows(x_N2F)
+        x_N2F = rows(x_N2F)
         num_rows, size = x_N2F.shape[0], x_N2F.shape[1] // 2
         out_NF = torch.empty((num_rows, size), dtype=x_N2F.dtype)
-        self._gate(_DTYPES[x_N2F.dtype], gelu, x_N2F.data_ptr(), x_N2F.stride(0), out_NF.data_ptr(), num_rows, size)
+        self._gate(DTYPES[x_N2F.dtype], gelu, x_N2F.data_ptr(), x_N2F.stride(0), out_NF.data_ptr(), num_rows, size)
         return out_NF
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def rows(x: torch.Tensor) -> torch.Tensor:
     """x itself if its last dimension has no gaps, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _refuses(dtype: str) -> str | None:
-    return None if getattr(torch, dtype) in _DTYPES else f"the native kernels have no {dtype}"
+def refuses(dtype: str) -> str | None:
+    """Why a dtype cannot be served."""
+    return None if getattr(torch, dtype) in DTYPES else f"the native kernels have no {dtype}"
 
 
 # A norm's last bit moves the logits of tiny models by 1.5e-4, and N1 compares those with transformers' at 1e-4. The
@@ -172,7 +174,7 @@ _RMS_NORMS = ("rms_norm", "fused_add_rms_norm")
 
 
 def _refuses_norm(dtype: str) -> str | None:
-    return "torch's norm rounds as transformers does" if dtype == "float32" else _refuses(dtype)
+    return "torch's norm rounds as transformers does" if dtype == "float32" else refuses(dtype)
 
 
 def native_providers(kernels: Kernels) -> dict[str, OpProvider]:
@@ -189,6 +191,6 @@ def native_providers(kernels: Kernels) -> dict[str, OpProvider]:
         "gelu_and_mul": ops.gelu_and_mul,
     }
     return {
-        name: OpProvider(name="native", fn=fn, priority=20, refuses=_refuses_norm if name in _RMS_NORMS else _refuses)
+        name: OpProvider(name="native", fn=fn, priority=20, refuses=_refuses_norm if name in _RMS_NORMS else refuses)
         for name, fn in functions.items()
     }

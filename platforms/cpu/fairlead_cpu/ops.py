@@ -5,7 +5,9 @@ from torch.nn import functional
 
 from fairlead.interface import OpProvider
 from fairlead_cpu.native import Kernels
+from fairlead_cpu.native_lora import lora_providers
 from fairlead_cpu.native_ops import native_providers
+from fairlead_cpu.native_sampling import sampling_providers
 
 
 def rms_norm(x_NE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
@@ -29,5 +31,7 @@ TORCH = {
 
 def providers(kernels: Kernels | None) -> dict[str, tuple[OpProvider, ...]]:
     """Of each op, in the order of preference."""
-    native = {} if kernels is None else native_providers(kernels)
+    native: dict[str, OpProvider] = {}
+    if kernels is not None:
+        native = native_providers(kernels) | sampling_providers(kernels) | lora_providers(kernels)
     return {name: tuple(p[name] for p in (native, TORCH) if name in p) for name in (*native, *TORCH)}
