@@ -6,6 +6,7 @@ PIP_ARGS ?=
 ARGS ?=
 PROMPT ?= ROMEO:
 MODEL ?= demo
+DIST ?= dist
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALLED := $(VENV)/.installed
@@ -15,7 +16,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard platforms/*/pyproject.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-full check bench chaos clean
+.PHONY: help demo serve test test-full check bench chaos wheels clean
 
 help:
 	@echo 'make demo       install into $(VENV) and watch the embedded model write'
@@ -25,6 +26,7 @@ help:
 	@echo 'make check      format, lint, types, packaging and import rules'
 	@echo 'make bench      the benchmarks'
 	@echo 'make chaos      what the server promises under faults, measured (ARGS="R1 R4 --full")'
+	@echo 'make wheels     build wheels of all distributions into $(DIST)'
 	@echo 'make clean      remove $(VENV)'
 
 demo: $(INSTALLED)
@@ -51,6 +53,13 @@ bench: $(INSTALLED)
 
 chaos: $(INSTALLED)
 	$(BIN)/python benchmarks/reliability/chaos.py $(ARGS)
+
+# For machines without an index: pip install --no-index --no-deps $(DIST)/*.whl. Hatchling is in the development group,
+# so nothing is downloaded for it; the same makes the build of the CPU's kernels use this environment's Python.
+wheels: $(DEV_INSTALLED)
+	@rm -rf "$(DIST)"
+	$(RUN) pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --no-index --wheel-dir "$(DIST)" . $(dir $(wildcard platforms/*/pyproject.toml))
+	@ls -l "$(DIST)"
 
 clean:
 	rm -rf "$(VENV)"

@@ -50,7 +50,12 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'fairlead' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        from fairlead.errors import MissingDependencyError
+
+        raise MissingDependencyError.of(name, error) from error
 
 
 def __dir__() -> list[str]:
