@@ -37,6 +37,6 @@ T = TypeVar("T", bound=Record)
 
 def replaced(record: T, **changes: Any) -> T:
     """The record with some of its fields changed."""
-    if not isinstance(record, type) and dataclasses.is_dataclass(record):
-        return dataclasses.replace(record, **changes)
-    return msgspec.structs.replace(record, **changes)
+    replace: Any = dataclasses.replace if dataclasses.is_dataclass(record) else msgspec.structs.replace
+    replaced: T = replace(record, **changes)
+    return replaced
