@@ -3,7 +3,7 @@
     python benchmarks/gpu/run.py --platform cuda --out gpu-results            # every step, then the report
     python benchmarks/gpu/run.py --steps decode,prefill --out gpu-results     # some; cases that are done are kept
     python benchmarks/gpu/run.py --steps report --out gpu-results             # the report alone
-    python benchmarks/gpu/run.py --platform cpu --tiny --out dry-run          # everything, at sizes that mean nothing
+    python benchmarks/gpu/run.py --platform cpu --tiny --one-process --out dry-run   # a dry run
 
 Each step ends within --step-seconds (below 8 minutes); what it had no time for is named, and done by the next run with
 the same --out. See README.md beside this file.
@@ -33,7 +33,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--step-seconds", type=float, default=440.0)
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, all in one process: a dry run")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: a dry run, whose figures mean nothing")
+    parser.add_argument(
+        "--one-process", action="store_true", help="no process for each group: quicker where it is tiny"
+    )
     parser.add_argument("--group", help=argparse.SUPPRESS)  # run this one in this process
     args = parser.parse_args()
     steps = args.steps.split(",")
@@ -57,11 +60,12 @@ def run_step(args: argparse.Namespace, step: str) -> int:
         left = deadline - time.monotonic()
         if left <= 0:
             print(f"{step}: no time was left for {group}; run it again with the same --out")
-        elif args.tiny:
+        elif args.one_process:
             run_group(args, step, group, deadline)
         else:
             command = [sys.executable, __file__, "--steps", step, "--group", group, "--step-seconds", str(left)]
             command += ["--platform", args.platform, "--dtype", args.dtype, "--out", str(args.out)]
+            command += ["--tiny"] * args.tiny
             try:
                 status = max(status, abs(subprocess.run(command, timeout=left + GRACE_S).returncode))
             except subprocess.TimeoutExpired:
@@ -84,7 +88,7 @@ def run_group(args: argparse.Namespace, step: str, group: str, deadline: float) 
     )
     module: Any = importlib.import_module(f"gpubench.{step}")
     results = harness.Results(args.out, step)
-    results.data["environment"] = harness.environment(harness.Card(settings))
+    results.begin(harness.environment(harness.Card(settings)))
     left_over = harness.run_cases(results, module.cases(settings, group), deadline)
     if left_over:
         print(f"{step}: no time was left for {'; '.join(left_over)}; run it again with the same --out")

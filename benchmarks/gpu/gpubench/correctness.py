@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -130,7 +130,7 @@ def graphs(settings: Settings, name: str, head_size: int) -> Case:
         built = build(EngineConfig.of(model=str(directory), **_engine(settings)))
         replaying, plan = built.runner, built.plan
         eager = ModelRunner(
-            replaying.model,
+            cast(torch.nn.Module, replaying.model),
             replaying.backends,
             block_size=replaying.block_size,
             device=replaying.device,

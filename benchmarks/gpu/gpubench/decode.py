@@ -28,6 +28,7 @@ PROFILED = (1, 128), (64, 2048)
 def cases(settings: Settings, group: str) -> Iterator[tuple[str, Callable[[], Case]]]:
     """One model at every number of sequences and length of context."""
     card = Card(settings)
+    card.measure_ceilings()
     with opened(settings, group) as engine:
         for context in settings.pick(CONTEXTS, (128,)):
             for num_seqs in settings.pick(BATCHES, (1, 3)):
@@ -87,7 +88,7 @@ def engine_step_time(card: Card, engine: EngineCore, num_seqs: int, context: int
     for request in asked:
         engine.add_request(request)
     counts = {request.request_id: 0 for request in asked}
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < num_steps:
         all_decode = min(counts.values()) > 2
         start = time.perf_counter()

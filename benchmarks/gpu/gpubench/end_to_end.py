@@ -87,15 +87,15 @@ def of_transformers(settings: Settings, model: str, system: str) -> Case:
     make: Callable[..., Any] = transformers.AutoModelForCausalLM.from_config
     with card.device:
         network = make(config, dtype=settings.torch_dtype, attn_implementation="sdpa").eval()
-    if system.endswith("one by one"):
-        asked = asked[:NUM_ONE_BY_ONE]
-        run = partial(_batched, network, asked, 1, card.device)
-    elif system.endswith("continuous batching"):
-        run = partial(_continuous, network, asked)
+    if system.endswith("continuous batching"):
+        found = _continuous(card, network, asked)
     else:
-        run = partial(_batched, network, asked, settings.pick(BATCH, 2), card.device)
-    _batched(network, asked[:1], 1, card.device)  # warms up
-    found = _rate(card, run, sum(n for _, n in asked))
+        is_single = system.endswith("one by one")
+        asked = asked[:NUM_ONE_BY_ONE] if is_single else asked
+        size = 1 if is_single else settings.pick(BATCH, 2)
+        _batched(network, asked[:1], 1, card.device)  # warms up
+        run = partial(_batched, network, asked, size, card.device)
+        found = _rate(card, run, sum(n for _, n in asked))
     del network
     gc.collect()
     return found | {"num_requests": len(asked)}
@@ -113,9 +113,7 @@ def _batched(network: Any, asked: Requests, size: int, device: torch.device) -> 
         for row, (prompt, _) in enumerate(batch):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        how = transformers.GenerationConfig(
-            max_new_tokens=num_out, min_new_tokens=num_out, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
+        how = _how(max_new_tokens=num_out, min_new_tokens=num_out, eos_token_id=None)
         out = network.generate(ids.to(device), attention_mask=mask.to(device), generation_config=how)
         if out.shape[1] != longest + num_out:
             raise RuntimeError(f"generate gave {out.shape[1] - longest} tokens, {num_out} were asked for")
@@ -123,23 +121,40 @@ def _batched(network: Any, asked: Requests, size: int, device: torch.device) -> 
     return total
 
 
-def _continuous(network: Any, asked: Requests) -> int:
-    """What `generate_batch` is made of; through its manager every request has a length of its own."""
-    how = transformers.GenerationConfig(
-        max_new_tokens=max(n for _, n in asked), do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
+def _how(**settings: Any) -> Any:
+    """Greedy; no end of sequence ends an output."""
+    make: Any = transformers.GenerationConfig
+    return make(do_sample=False, pad_token_id=0, **settings)
+
+
+def _continuous(card: Card, network: Any, asked: Requests) -> Case:
+    """What `generate_batch` is made of; through its manager every request has a length of its own. Its start, its
+    warm-up and a first few requests are not timed."""
+    longest = max(n for _, n in asked)
+    how = _how(max_new_tokens=longest, eos_token_id=-1)
+    # Its own choice sizes the cache by the memory, which on a host of a dry run takes half a minute to fill.
+    own = card.settings.pick({}, {"num_blocks": 16, "max_batch_tokens": 64})
+    sizes = transformers.ContinuousBatchingConfig(**own)
+    with network.continuous_batching_context_manager(
+        generation_config=how, continuous_batching_config=sizes, block=True, timeout=60
+    ) as manager:
+        _answers(manager, asked[:2])
+        return _rate(card, partial(_answers, manager, asked), sum(n for _, n in asked))
+
+
+def _answers(manager: Any, asked: Requests) -> int:
+    """Tokens that came, once all are there."""
     total = num_done = 0
-    with network.continuous_batching_context_manager(generation_config=how, block=True, timeout=60) as manager:
-        for prompt, num_out in asked:
-            manager.add_request(input_ids=prompt, max_new_tokens=num_out)
-        while num_done < len(asked):
-            result = manager.get_result(timeout=5)
-            if result is None:
-                if not manager.is_running():
-                    raise RuntimeError("the manager of transformers' continuous batching ended early")
-            elif result.is_finished():
-                if result.error:
-                    raise RuntimeError(str(result.error))
-                num_done += 1
-                total += len(result.generated_tokens)
+    for prompt, num_out in asked:
+        manager.add_request(input_ids=prompt, max_new_tokens=num_out)
+    while num_done < len(asked):
+        result = manager.get_result(timeout=5)
+        if result is None:
+            if not manager.is_running():
+                raise RuntimeError("the manager of transformers' continuous batching ended early")
+        elif result.is_finished():
+            if result.error:
+                raise RuntimeError(str(result.error))
+            num_done += 1
+            total += len(result.generated_tokens)
     return total

@@ -69,5 +69,3 @@ def decode_bytes(config: Any, itemsize: int, num_seqs: int, context: int) -> int
     sequences. (Of the embedding it reads a row a sequence; activations are small beside this.)"""
     weights = (body_params(config) + head_params(config)) * itemsize
     return weights + num_seqs * context * kv_bytes_per_token(config, itemsize)
-
-

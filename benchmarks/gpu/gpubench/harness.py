@@ -91,7 +91,7 @@ class Card:
     @cached_property
     def copy_bytes_per_s(self) -> float:
         """The bandwidth of a large copy within the card's memory, bytes read and written together."""
-        num_bytes = self.settings.pick(2 << 30, 8 << 20)
+        num_bytes: int = self.settings.pick(2 << 30, 8 << 20)
         source = torch.randint(-128, 127, (num_bytes,), dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         return 2 * num_bytes / self.time(lambda i: target.copy_(source), is_graphed=False).median_s
@@ -99,9 +99,14 @@ class Card:
     @cached_property
     def matmul_ops_per_s(self) -> float:
         """The rate of a large matrix product in the run's dtype, on random data, through torch."""
-        size = self.settings.pick(8192, 128)
+        size: int = self.settings.pick(8192, 128)
         a, b, out = (self.randn(size, size) for _ in range(3))
         return 2 * size**3 / self.time(lambda i: torch.mm(a, b, out=out), is_graphed=False).median_s
+
+    def measure_ceilings(self) -> None:
+        """Both, now: before an engine takes the card's memory."""
+        assert self.copy_bytes_per_s > 0
+        assert self.matmul_ops_per_s > 0
 
     def _elapsed(self, run: Callable[[], object]) -> float:
         self.platform.synchronize()
@@ -136,6 +141,17 @@ class Results:
         self.data: dict[str, Any] = {"environment": {}, "cases": {}}
         if self.path.is_file():
             self.data = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def begin(self, environment: dict[str, Any]) -> None:
+        """Notes where this runs. Raises SystemExit if the file has figures of another card or other sizes."""
+        before = self.data["environment"]
+        other = [key for key in ("platform", "device", "dtype", "is_tiny") if before.get(key) != environment[key]]
+        if self.cases and other:
+            raise SystemExit(
+                f"error: {self.path} holds figures of another run ({other[0]}: {before.get(other[0])}, now "
+                f"{environment[other[0]]}); give another --out"
+            )
+        self.data["environment"] = environment
 
     @property
     def cases(self) -> dict[str, Case]:
@@ -200,7 +216,8 @@ def summary(case: Case) -> str:
 def profiled(card: Card, work: Callable[[], object], path: Path) -> None:
     """Writes torch's table of where the time of some work goes, by op and kernel."""
     is_host = card.device.type == "cpu"
-    with torch.profiler.profile(activities=torch.profiler.supported_activities()) as profile, torch.inference_mode():
+    everything: Any = torch.profiler.supported_activities  # untyped
+    with torch.profiler.profile(activities=everything()) as profile, torch.inference_mode():
         work()
         card.platform.synchronize()
     order = "self_cpu_time_total" if is_host else "self_device_time_total"

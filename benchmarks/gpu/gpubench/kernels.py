@@ -6,8 +6,6 @@ Shapes: T packed tokens, H query heads, K kv-heads, D head size, N rows, I input
 from collections.abc import Callable, Iterator
 from functools import partial
 
-
-
 from fairlead.interface import UNQUANTIZED, AttentionShape, AttentionSpec, LinearShape
 from fairlead.ops.table import choose_providers
 from gpubench import synthetic
@@ -129,5 +127,3 @@ def matmul(card: Card, scheme: str, layer: str, num_rows: int) -> Case:
         "share": max(arithmetic_s, memory_s) / timing.median_s,
         "of": "matmul rate" if arithmetic_s > memory_s else "copy bandwidth",
     }
-
-

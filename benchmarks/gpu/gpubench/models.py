@@ -57,9 +57,9 @@ TINY = {
 def config_of(name: str, *, is_tiny: bool) -> Any:
     """The config of a model of ours. No token id ends a sequence."""
     model_type, settings = SHAPES[name]
-    config = transformers.CONFIG_MAPPING[model_type](
-        **settings | (TINY if is_tiny else {}), bos_token_id=None, eos_token_id=None, pad_token_id=None
-    )
+    no_ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    make: Any = transformers.CONFIG_MAPPING[model_type]
+    config = make(**settings | (TINY if is_tiny else {}) | no_ids)
     config.architectures = [ARCHITECTURES[model_type]]
     return config
 
@@ -101,5 +101,5 @@ def kv_bytes_per_token(config: Any, itemsize: int) -> int:
 
 def prefill_ops(config: Any, num_tokens: int) -> int:
     """Multiplications and additions of one prompt, whose last token alone gets logits; attention is causal."""
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * num_tokens**2 // 2
+    attention = 2 * int(config.num_hidden_layers * config.num_attention_heads * config.head_dim) * num_tokens**2
     return 2 * body_params(config) * num_tokens + 2 * head_params(config) + attention

@@ -1,9 +1,11 @@
 """Bar charts: PNG where matplotlib is installed, SVG by the few lines below where it is not."""
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 Bar = tuple[str, float, float | None]
 """Label, measured value and target."""
@@ -45,9 +47,9 @@ def svg(title: str, bars: Sequence[Bar]) -> str:
 
 
 def _by_matplotlib(path: Path, title: str, bars: Sequence[Bar]) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1 + 0.3 * len(bars)), layout="constrained")
+    figure: Any = importlib.import_module("matplotlib.figure").Figure(
+        figsize=(10, 1 + 0.3 * len(bars)), layout="constrained"
+    )
     axes = figure.subplots()
     places = range(len(bars))
     axes.barh(places, [value for _, value, _ in bars], color="#4477aa")

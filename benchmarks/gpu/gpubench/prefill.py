@@ -20,6 +20,7 @@ LENGTHS = (8192, 2048)
 def cases(settings: Settings, group: str) -> Iterator[tuple[str, Callable[[], Case]]]:
     """One model at every length."""
     card = Card(settings)
+    card.measure_ceilings()
     with opened(settings, group) as engine:
         for length in settings.pick(LENGTHS, (8192,)):
             yield f"{group}, {length}", partial(prefill, card, engine, group, settings.pick(length, 100))
