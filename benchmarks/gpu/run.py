@@ -34,9 +34,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--step-seconds", type=float, default=440.0)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: a dry run, whose figures mean nothing")
-    parser.add_argument(
-        "--one-process", action="store_true", help="no process for each group: quicker where it is tiny"
-    )
+    parser.add_argument("--one-process", action="store_true", help="none for each group: quicker where it is tiny")
     parser.add_argument("--group", help=argparse.SUPPRESS)  # run this one in this process
     args = parser.parse_args()
     steps = args.steps.split(",")
