@@ -14,6 +14,9 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP_INSTALL := $(RUN) pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard platforms/*/pyproject.toml platforms/*/hatch_build.py platforms/*/csrc/*)
 
+# Those that end in minutes on their own; kernels.py and compare.py are longer, and said what to measure.
+BENCHES := $(filter-out benchmarks/kernels.py benchmarks/compare.py,$(wildcard benchmarks/*.py))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo serve test test-full check bench chaos wheels clean
@@ -49,7 +52,7 @@ check: $(DEV_INSTALLED)
 	$(RUN) pytest -q tests/packaging
 
 bench: $(INSTALLED)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 chaos: $(INSTALLED)
 	$(BIN)/python benchmarks/reliability/chaos.py $(ARGS)
