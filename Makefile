@@ -7,6 +7,7 @@ JOBS ?= 2
 ARGS ?=
 PROMPT ?= ROMEO:
 MODEL ?= demo
+DIST ?= dist
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
 INSTALLED := $(VENV)/.installed
@@ -20,9 +21,12 @@ pytest = @first=0; last=0; \
 	$(RUN) pytest -m alone $(1) $(ARGS) || last=$$?; \
 	if [ $$last -eq 5 ] || { [ $$first -ne 0 ] && [ $$first -ne 5 ]; }; then exit $$first; fi; exit $$last
 
+# Those that end in minutes on their own; kernels.py and compare.py are longer, and said what to measure.
+BENCHES := $(filter-out benchmarks/kernels.py benchmarks/compare.py,$(wildcard benchmarks/*.py))
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve test test-full check bench chaos clean
+.PHONY: help demo serve test test-full check bench chaos wheels clean
 
 help:
 	@echo 'make demo       install into $(VENV) and watch the embedded model write'
@@ -32,6 +36,7 @@ help:
 	@echo 'make check      format, lint, types, packaging and import rules'
 	@echo 'make bench      the benchmarks'
 	@echo 'make chaos      what the server promises under faults, measured (ARGS="R1 R4 --full")'
+	@echo 'make wheels     build wheels of all distributions into $(DIST)'
 	@echo 'make clean      remove $(VENV)'
 
 demo: $(INSTALLED)
@@ -55,10 +60,17 @@ check: $(DEV_INSTALLED)
 	$(RUN) pytest -q tests/packaging
 
 bench: $(INSTALLED)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
+	@for script in $(BENCHES); do echo "== $$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; done
 
 chaos: $(INSTALLED)
 	$(BIN)/python benchmarks/reliability/chaos.py $(ARGS)
+
+# For machines without an index: pip install --no-index --no-deps $(DIST)/*.whl. Hatchling is in the development group,
+# so nothing is downloaded for it; the same makes the build of the CPU's kernels use this environment's Python.
+wheels: $(DEV_INSTALLED)
+	@rm -rf "$(DIST)"
+	$(RUN) pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --no-index --wheel-dir "$(DIST)" . $(dir $(wildcard platforms/*/pyproject.toml))
+	@ls -l "$(DIST)"
 
 clean:
 	rm -rf "$(VENV)"

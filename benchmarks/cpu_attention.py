@@ -3,9 +3,10 @@
     python benchmarks/cpu_attention.py [--model smol135m] [--repetitions 7]
 
 Repetitions of the two alternate; the median is printed, with what it achieves of the bandwidth (bytes of keys and
-values that the batch has, shared ones counted for each sequence) or of arithmetic. The read bandwidth is measured in
-between, by the kernels' own probe and threads. Layers have caches of their own, so that none is left in a processor's
-cache from the repetition before.
+values that the batch has, shared ones counted for each sequence) and of arithmetic. The read bandwidth, and the rate
+of the instruction that multiplies, are measured in between, by the kernels' own probes and threads; the larger share
+is of what limits. Layers have caches of their own, so that none is left in a processor's cache from the repetition
+before.
 """
 
 import argparse
@@ -90,7 +91,8 @@ def measure(workload: Workload, model: str, dtype: str, repetitions: int, kernel
             for tensor in (cache.blocks,) if isinstance(cache, BlockCache) else (cache.k, cache.v):
                 tensor.zero_()
     seconds: list[list[float]] = [[], []]
-    bandwidths = []
+    bandwidths, rates = [], []
+    instruction = ("float32", "bfloat16").index(dtype)  # of csrc/probe.cpp
     probe = torch.ones(2**28, dtype=torch.uint8)
     for repetition in range(repetitions + 1):
         for backend, layers, found in zip(backends, caches, seconds, strict=True):
@@ -103,16 +105,24 @@ def measure(workload: Workload, model: str, dtype: str, repetitions: int, kernel
         start = time.perf_counter()
         kernels.call.fl_probe_read(probe.data_ptr(), probe.nbytes)
         bandwidths.append(probe.nbytes / (time.perf_counter() - start))
-    read = statistics.median(bandwidths)
+        start = time.perf_counter()
+        num_ops = kernels.call.fl_probe_multiply(instruction, 20_000)
+        rates.append(num_ops / (time.perf_counter() - start))
+    read, rate = statistics.median(bandwidths), statistics.median(rates)
     num_bytes = workload.num_seqs * workload.context * block_bytes / BLOCK_SIZE
     pairs = workload.num_seqs * workload.num_new * (workload.context - (workload.num_new - 1) / 2)
     ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-    print(f"{workload.name} ({num_layers} layers): native {ratio:.2f} x as fast; read bandwidth {read / 1e9:.1f} GB/s")
+    ops = 4 * pairs * num_heads * head_size
+    print(
+        f"{workload.name} ({num_layers} layers): native {ratio:.2f} x as fast; "
+        f"read bandwidth {read / 1e9:.1f} GB/s, arithmetic {rate / 1e9:.0f} GFLOP/s"
+    )
     for backend, found in zip(backends, seconds, strict=True):
         median = statistics.median(found)
         print(
             f"  {backend.name:8} {median * 1e6:9.0f} us a layer  {num_bytes / median / 1e9:7.1f} GB/s "
-            f"({num_bytes / median / read:4.0%} of it)  {4 * pairs * num_heads * head_size / median / 1e9:7.1f} GFLOP/s"
+            f"({num_bytes / median / read:4.0%} of it)  {ops / median / 1e9:7.1f} GFLOP/s "
+            f"({ops / median / rate:4.0%} of it)"
         )
 
 

@@ -50,7 +50,7 @@ PIECE_BYTES = 16 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="smol135m")
-    parser.add_argument("--layers", default="qkv,o,gate_up,down")
+    parser.add_argument("--layers", default="qkv,o,gate_up,down,head")
     parser.add_argument("--rows", default="1,8,64,512")
     parser.add_argument("--schemes", default="unquantized,int8,int4")
     parser.add_argument("--rounds", type=int, default=21)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fairlead.engine.async_engine import AsyncEngine as AsyncEngine
     from fairlead.engine.llm import LLM as LLM
     from fairlead.engine.planner import plan_engine as plan_engine
+    from fairlead.engine.step_profile import StepProfile as StepProfile
     from fairlead.errors import FairleadError as FairleadError
     from fairlead.request import CompletionOutput as CompletionOutput
     from fairlead.request import FinishReason as FinishReason
@@ -29,6 +30,7 @@ _HOMES = {
     "FinishReason": "fairlead.request",
     "RequestOutput": "fairlead.request",
     "SamplingParams": "fairlead.request",
+    "StepProfile": "fairlead.engine.step_profile",
     "StructuredOutputParams": "fairlead.request",
     "plan_engine": "fairlead.engine.planner",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "FinishReason",
     "RequestOutput",
     "SamplingParams",
+    "StepProfile",
     "StructuredOutputParams",
     "plan_engine",
 ]
@@ -50,7 +53,12 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'fairlead' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        from fairlead.errors import MissingDependencyError
+
+        raise MissingDependencyError.of(name, error) from error
 
 
 def __dir__() -> list[str]:

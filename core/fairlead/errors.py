@@ -13,11 +13,14 @@
     ├── RequestError (ValueError)         one request is wrong; the engine goes on
     │   └── ContextLengthError            its prompt (or prompt + max_tokens) exceeds the context
     ├── KVCacheMemoryError                the KV cache does not fit (names needed, available, what fits)
+    ├── MissingDependencyError (ImportError)   a feature was used whose package is not installed (names it)
     ├── DeadlineError                     a request waited or ran for too long
     └── EngineDeadError                   the engine has ended; its in-flight requests failed with it
 
 Each message says what was asked, what was found and what to do, in one line.
 """
+
+_DISTRIBUTIONS = {"zmq": "pyzmq", "yaml": "pyyaml", "prometheus_client": "prometheus-client"}
 
 
 class FairleadError(Exception):
@@ -81,6 +84,19 @@ class ContextLengthError(RequestError):
 
 class KVCacheMemoryError(FairleadError):
     """The KV cache does not fit into memory; the message names needed, available and what would fit."""
+
+
+class MissingDependencyError(FairleadError, ImportError):
+    """A feature was used whose package is not installed; the message names it."""
+
+    @classmethod
+    def of(cls, feature: str, error: ModuleNotFoundError) -> "MissingDependencyError":
+        """Says it of a failed import; re-raises one of a module of ours, which no install would mend."""
+        package = (error.name or "").split(".")[0]
+        if not package or package.startswith("fairlead"):
+            raise error
+        distribution = _DISTRIBUTIONS.get(package, package)
+        return cls(f"{feature} needs the package {package!r}, which is not installed; pip install {distribution}")
 
 
 class DeadlineError(FairleadError):

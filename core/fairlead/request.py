@@ -4,9 +4,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
-import msgspec
-
 from fairlead.errors import ContextLengthError, RequestError
+from fairlead.records import Record
 from fairlead.sampling_params import MAX_LOGPROBS as MAX_LOGPROBS
 from fairlead.sampling_params import MAX_N as MAX_N
 from fairlead.sampling_params import SamplingParams as SamplingParams
@@ -172,8 +171,8 @@ class TokenLogprobs:
     rank: int
 
 
-class SequenceDelta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What one step added to one sequence; engine to front end. (A struct, as ScheduledChunk is.)
+class SequenceDelta(Record, frozen=True, kw_only=True):
+    """What one step added to one sequence; engine to front end. (A Record, as ScheduledChunk is.)
 
     `prompt_logprobs` comes with the first token of the first sequence, for the prompt's tokens but its first.
     """

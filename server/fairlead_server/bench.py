@@ -7,10 +7,13 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fairlead.errors import FairleadError
 from fairlead_server.load import Answer, Target, generate_load
+
+if TYPE_CHECKING:
+    from fairlead import StepProfile
 
 FIRST_TOKEN_ID, NUM_TOKEN_IDS = 10, 200
 
@@ -101,12 +104,20 @@ def quantiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def bench_latency(
-    settings: Mapping[str, Any], *, batch_size: int, input_len: int, output_len: int, num_iters: int, num_warmup: int
+    settings: Mapping[str, Any],
+    *,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    num_iters: int,
+    num_warmup: int,
+    profile: bool = False,
 ) -> int:
-    """Measures how long one batch takes in this process, and prints what it found."""
+    """Measures how long one batch takes in this process, and prints what it found; with `profile` by op, too."""
     from fairlead import LLM, SamplingParams  # imports torch
 
-    llm = LLM(**settings)
+    # Steps that overlap cannot be told apart.
+    llm = LLM(**{**settings, "async_scheduling": False} if profile else settings)
     draw = random.Random(0)
     params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True, detokenize=False)
 
@@ -122,6 +133,7 @@ def bench_latency(
         for _ in range(num_warmup):
             once()
         found = [once() for _ in range(num_iters)]
+        where = llm.engine.profile(once) if profile else None
         name, platform = llm.info.model, llm.info.platform
     finally:
         llm.close()
@@ -135,5 +147,46 @@ def bench_latency(
         "latency_ms": quantiles(found),
         "output_throughput": batch_size * output_len * num_iters / sum(found),
     }
+    if where is not None:
+        shown = {
+            "note": "steps run as they come, the device waited for after each op: compare total_ms with latency_ms",
+            **_profile(where),
+        }
+        print("\n".join(_profile_lines(shown)), file=sys.stderr)
+        result["profile"] = shown
     print(json.dumps(result))
     return 0
+
+
+def _profile(found: "StepProfile") -> dict[str, Any]:
+    """A profile in milliseconds; those of an op, and its calls, are of one step."""
+    return {
+        "total_ms": 1000 * found.total_s,
+        "head_ms": 1000 * found.head_s,
+        "outside_model_ms": 1000 * found.outside_s,
+        "steps": [
+            {
+                "num_rows": rows.num_rows,
+                "num_steps": rows.num_steps,
+                "step_ms": 1000 * rows.seconds,
+                "ops": [
+                    {"op": one.op, "calls": one.calls, "ms": 1000 * one.seconds, "share": one.seconds / rows.seconds}
+                    for one in rows.ops
+                ],
+            }
+            for rows in found.by_rows
+        ],
+    }
+
+
+def _profile_lines(profile: Mapping[str, Any]) -> list[str]:
+    """The same as a table."""
+    lines = [
+        f"{profile['total_ms']:.1f} ms in all: {profile['head_ms']:.1f} in the head, {profile['outside_model_ms']:.1f} "
+        "outside the model (scheduling, plans, sampling), and in the model:"
+    ]
+    for step in profile["steps"]:
+        lines.append(f"{step['num_steps']} steps of {step['num_rows']} rows, {step['step_ms']:.3f} ms each")
+        for one in step["ops"]:
+            lines.append(f"  {one['share']:6.1%} {one['ms']:9.3f} ms  {one['calls']:5.0f} x  {one['op']}")
+    return lines

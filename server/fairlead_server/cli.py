@@ -10,7 +10,7 @@ import typer
 
 from fairlead import __version__
 from fairlead.config import engine_settings
-from fairlead.errors import ConfigError, FairleadError
+from fairlead.errors import ConfigError, FairleadError, MissingDependencyError
 from fairlead.plugins import PlatformRecord, discover, providers
 from fairlead_server import commands, platform_commands
 from fairlead_server.cli_options import gather, server_settings, spread_lists, with_options
@@ -192,6 +192,8 @@ def _report(error: Exception, *, debug: bool) -> int:
     """Says in one line what went wrong; returns the exit status."""
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, ModuleNotFoundError):
+        error = MissingDependencyError.of("this command", error)
     if isinstance(error, BrokenPipeError):  # whoever read our output has gone
         return EXIT_FAILED
     if isinstance(error, USAGE_ERROR):

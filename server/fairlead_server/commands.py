@@ -136,6 +136,7 @@ def bench_latency(
     output_len: Annotated[int, typer.Option(min=1, help="Tokens per answer.")] = 128,
     num_iters: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 10,
     num_iters_warmup: Annotated[int, typer.Option(min=0, help="Runs before them.")] = 2,
+    profile: Annotated[bool, typer.Option("--profile", help="Tell where a step's time goes, by op.")] = False,
     **options: Any,
 ) -> None:
     """Measure how long one batch takes, in this process."""
@@ -150,6 +151,7 @@ def bench_latency(
         output_len=output_len,
         num_iters=num_iters,
         num_warmup=num_iters_warmup,
+        profile=profile,
     )
     raise typer.Exit(status)
 

@@ -153,7 +153,7 @@ def test_an_engine_gives_the_same_tokens_with_recorded_steps(tmp_path: Path, mod
     found = []
     for is_recorded in (True, False):
         engine = EngineCore(EngineConfig.of(model=str(tmp_path), num_blocks=200, dtype="bfloat16"))
-        graph_runner = engine._runner.padded._graph_runner
+        graph_runner = engine._runner.padded.graph_runner
         assert isinstance(graph_runner, StepRecorder)
         if not is_recorded:
             graph_runner.foreign = {"the test"}

@@ -37,6 +37,18 @@ def test_latency_measures_in_this_process(capsys: pytest.CaptureFixture[str]) ->
     assert found["output_throughput"] > 0
 
 
+def test_a_profile_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--batch-size", "2", "--input-len", "4", "--output-len", "3", "--num-iters", "1"]
+    profile = bench(capsys, "latency", "demo", "--num-iters-warmup", "0", "--profile", *sizes)["profile"]
+    prefill, decode = sorted(profile["steps"], key=lambda step: -int(step["num_rows"]))
+    assert (prefill["num_rows"], prefill["num_steps"], decode["num_rows"], decode["num_steps"]) == (8, 1, 2, 2)
+    for step in (prefill, decode):
+        assert sum(one["ms"] for one in step["ops"]) == pytest.approx(step["step_ms"])
+        assert {"attention", "linear qkv_proj", "rotary_embedding", "between ops"} <= {one["op"] for one in step["ops"]}
+    inside = sum(step["step_ms"] * step["num_steps"] for step in profile["steps"])
+    assert inside + profile["head_ms"] + profile["outside_model_ms"] == pytest.approx(profile["total_ms"])
+
+
 def test_the_summary_of_known_times() -> None:
     good = Answer(start=1.0, end=2.0, times=[1.1, 1.3, 1.5], num_prompt_tokens=4, num_tokens=3)
     bad = Answer(start=1.0, end=9.0, error="status 429")

@@ -1,6 +1,7 @@
 """The engine: one loop over scheduler and model runner."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 from fairlead import plugins
@@ -9,7 +10,8 @@ from fairlead.config import EngineConfig, SchedulerConfig
 from fairlead.engine.beam_search import BeamSearches
 from fairlead.engine.builder import build
 from fairlead.engine.pipeline import Pipeline, RunningStep, SamplingInputs
-from fairlead.errors import RequestError
+from fairlead.engine.step_profile import StepProfile, profile_steps
+from fairlead.errors import ConfigError, RequestError
 from fairlead.interface import SchedulingPolicy
 from fairlead.request import EngineInfo, EngineStats, Request, SequenceDelta
 from fairlead.sampling.structured.backend import Vocabulary, backend_names
@@ -31,7 +33,7 @@ class EngineCore:
         plan, settings = built.plan, built.plan.settings
         self.info: EngineInfo = plan.info
         self.op_providers = plan.op_providers
-        self._runner = built.runner
+        self._runner, self._ops, self._synchronize = built.runner, plan.context.ops, plan.platform.synchronize
         self._pipeline = Pipeline(built.runner, is_async=settings.async_scheduling)
         self._in_flight: RunningStep | None = None
         blocks = BlockManager(
@@ -163,6 +165,15 @@ class EngineCore:
         """Forgets all cached prefixes; requests that run keep their blocks. Always True."""
         self.scheduler.blocks.reset_cache()
         return True
+
+    def profile(self, work: Callable[[], object]) -> StepProfile:
+        """Runs the work, which steps this engine, and tells where the time of its steps went, by op.
+
+        Raises ConfigError where steps are asynchronous: they overlap with what is counted as outside of them.
+        """
+        if self._pipeline.is_async:
+            raise ConfigError("steps that overlap cannot be profiled; set async_scheduling=False")
+        return profile_steps(self._runner, self._ops, self._synchronize, work)
 
     def close(self) -> None:
         """Ends every request and lets go of the model and its cache."""

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-import msgspec
-
+from fairlead.records import Record
 from fairlead.request import Request, SamplingParams, TokenLogprobs
 
 
@@ -39,8 +38,8 @@ class ChunkExtras:
     prompt_row: int = 0
 
 
-class ScheduledChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """The next tokens of one sequence. (A struct: made once per sequence and step, at a fifth of a dataclass's cost.)
+class ScheduledChunk(Record, frozen=True, kw_only=True):
+    """The next tokens of one sequence. (A Record: it is made once per sequence and step.)
 
     `start` tokens are in the cache before it. A chunk has the `token_ids`, or, where it was scheduled before the step
     that samples its only token is over, none and the `source_row`: the place of that token among the sampled ones of
@@ -97,7 +96,7 @@ class ScheduledBatch:
         return sum(c.num_tokens for c in self.chunks)
 
 
-class SampledToken(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+class SampledToken(Record, frozen=True, kw_only=True):
     """The sampler's answer for one chunk. `token_id` is None where there is none: `error` says why, and None there
     that the logits held NaN. `ends_sequence` is set where the token completes a grammar that nothing can follow."""
 

@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-import msgspec
 import numpy as np
 
 from fairlead.errors import RequestError
+from fairlead.records import replaced
 from fairlead.request import Request, Sequence, SequenceDelta
 from fairlead.sampling.structured.backend import Grammar, Matcher
 from fairlead.sampling.structured.compiler import CompileQueue, Compiler
@@ -213,6 +213,6 @@ def _advanced(place: _Place, token: SampledToken) -> SampledToken:
     try:
         if not place.matcher.accept(token.token_id):
             return SampledToken(token_id=None, error=REFUSED)
-        return msgspec.structs.replace(token, ends_sequence=True) if place.matcher.is_finished else token
+        return replaced(token, ends_sequence=True) if place.matcher.is_finished else token
     except Exception as error:  # whatever a library raises ends one sequence, not the engine
         return SampledToken(token_id=None, error=f"the grammar cannot go on: {error!s:.300}")

@@ -1,0 +1,1 @@
+"""Benchmarks of an accelerator against its own measured ceilings, and against transformers on the same card."""
