@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from fairlead.config import EngineConfig, ServerConfig
 from fairlead.engine.async_engine import AsyncEngine
+from fairlead.engine.process import settle_memory
 from fairlead.errors import ConfigError, FairleadError
 from fairlead_server.access import read_keys
 from fairlead_server.app import create_app
@@ -156,6 +157,7 @@ class _Service:
 
     async def _serve(self, engine: AsyncEngine) -> int:
         app = create_app(engine, self._server_config)
+        settle_memory()
         http = _HttpServer(uvicorn_config(app, self._server_config))
         serving = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         while not http.started and not serving.done():
