@@ -26,6 +26,7 @@ from fairlead_server.http_protocol import HttpProtocol
 from fairlead_server.logs import set_up_logging
 from fairlead_server.service import Service
 
+SEND_BUFFER_BYTES = 64 * 2**10  # of a connection: what a client does not read waits here, or else in its generation
 GRACE_S = 5  # how long connections whose requests have ended may take to close
 LAST_WORDS_S = 0.1  # how long clients may take to hear that their requests were cut off
 ENGINE_STOP_S = 0.1  # how long an engine whose requests were cut off may take to end by itself
@@ -63,6 +64,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
     except OSError as error:
         if listener is not None:
