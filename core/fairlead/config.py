@@ -15,6 +15,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 METRICS_COMPAT = ("none", "vllm", "vllm-legacy")
 QUANTIZATIONS = ("int8", "int4", "fp8")
+AWAITED_QUANTIZATIONS = (  # of checkpoints that others have rounded; they wait for their readers
+    *("awq", "awq_marlin", "gptq", "gptq_marlin", "gptq_bitblas", "auto-round", "auto_round", "compressed-tensors"),
+    *("squeezellm", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "bitsandbytes", "gguf", "quark", "torchao"),
+)
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -122,6 +126,11 @@ class ModelConfig:
         _one_of(self, "structured_outputs_backend", ("auto", "llguidance", "xgrammar"))
         _at_least(self, "max_model_len", 2, optional=True)
         if self.quantization is not None:
+            if self.quantization.lower() in AWAITED_QUANTIZATIONS:
+                raise ConfigError(
+                    f"quantization={self.quantization!r}: published quantisation formats are not there yet; "
+                    f"there are {', '.join(QUANTIZATIONS)}, made while the weights are loaded"
+                )
             _one_of(self, "quantization", QUANTIZATIONS)
 
 

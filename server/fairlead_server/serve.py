@@ -17,6 +17,7 @@ from fastapi import FastAPI
 
 from fairlead.config import EngineConfig, ServerConfig
 from fairlead.engine.async_engine import AsyncEngine
+from fairlead.engine.process import settle_memory
 from fairlead.errors import ConfigError, FairleadError
 from fairlead_server.access import read_keys
 from fairlead_server.app import create_app
@@ -25,6 +26,7 @@ from fairlead_server.http_protocol import HttpProtocol
 from fairlead_server.logs import set_up_logging
 from fairlead_server.service import Service
 
+SEND_BUFFER_BYTES = 64 * 2**10  # of a connection: what a client does not read waits here, or else in its generation
 GRACE_S = 5  # how long connections whose requests have ended may take to close
 LAST_WORDS_S = 0.1  # how long clients may take to hear that their requests were cut off
 ENGINE_STOP_S = 0.1  # how long an engine whose requests were cut off may take to end by itself
@@ -62,6 +64,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         listener.bind(address)
     except OSError as error:
         if listener is not None:
@@ -156,6 +159,7 @@ class _Service:
 
     async def _serve(self, engine: AsyncEngine) -> int:
         app = create_app(engine, self._server_config)
+        settle_memory()
         http = _HttpServer(uvicorn_config(app, self._server_config))
         serving = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         while not http.started and not serving.done():

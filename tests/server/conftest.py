@@ -12,6 +12,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -168,9 +169,10 @@ def fake_engine_process(monkeypatch: pytest.MonkeyPatch) -> None:
 class ServerProcess:
     """`fairlead serve` as a process of its own; its stderr is read to the end by a thread."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, is_fake: bool = False) -> None:
+        program = [str(Path(__file__).with_name("serve_fake.py"))] if is_fake else ["-m", "fairlead_server"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fairlead_server", *arguments],
+            [sys.executable, *program, *arguments],
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
@@ -218,13 +220,19 @@ def start_server() -> Iterator[Callable[..., ServerProcess]]:
     """Starts `fairlead serve` with the given arguments; ends what is left of it after the test."""
     started: list[ServerProcess] = []
 
-    def start(*arguments: str) -> ServerProcess:
-        started.append(ServerProcess(*arguments))
+    def start(*arguments: str, is_fake: bool = False) -> ServerProcess:
+        started.append(ServerProcess(*arguments, is_fake=is_fake))
         return started[-1]
 
     yield start
     for server in started:
         server.close()
+
+
+@pytest.fixture
+def start_fake_server(start_server: Callable[..., ServerProcess]) -> Callable[..., ServerProcess]:
+    """The same over the fake engine, where the model is not the point."""
+    return partial(start_server, "demo", is_fake=True)
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def test_two_hundred_clients_that_drop_leave_nothing(
         assert connection.recv(100)  # in the middle of their streams; the others are wherever they are
     for connection in connections:
         connection.close()
-    assert until(lambda: gauges(server) == (0, 0, 0), 2), gauges(server)
+    assert until(lambda: gauges(server) == (0, 0, 0), 10), gauges(server)
     assert client.completions.create(model="demo", prompt="Hi", max_tokens=5).choices
 
 
@@ -210,11 +210,11 @@ def test_sigterm_finishes_what_runs_and_leaves_no_child(
     assert "GET /health" not in server.stderr
 
 
-def test_a_second_signal_does_not_wait(start_server: Callable[..., Any], alive: Callable[[int], bool]) -> None:
-    server = start_server("demo", "--port", "0")
+def test_a_second_signal_does_not_wait(start_fake_server: Callable[..., Any], alive: Callable[[int], bool]) -> None:
+    server = start_fake_server("--port", "0", "--revision", "slow")
     url = server.wait_for_url(START_S)
     engine = server.engine_pids()
-    body = {"prompt": "ROMEO:", "max_tokens": 900, "n": 8, "stream": True, "ignore_eos": True}
+    body = {"prompt": "ROMEO:", "max_tokens": 200, "n": 8, "stream": True, "ignore_eos": True}
     with suppress(httpx.HTTPError), httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
@@ -224,33 +224,33 @@ def test_a_second_signal_does_not_wait(start_server: Callable[..., Any], alive: 
         server.process.send_signal(signal.SIGINT)
         start = time.monotonic()
         assert server.wait(30) == 0
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10  # its requests would take 20
     assert not any(map(alive, engine))
 
 
 def test_a_killed_server_leaves_no_engine_and_no_socket_and_its_port_is_free(
-    start_server: Callable[..., Any], until: Callable[..., bool], alive: Callable[[int], bool]
+    start_fake_server: Callable[..., Any], until: Callable[..., bool], alive: Callable[[int], bool]
 ) -> None:
-    server = start_server("demo", "--port", "0")
+    server = start_fake_server("--port", "0")
     url = server.wait_for_url(START_S)
     engine = server.engine_pids()
     assert engine
     server.process.kill()
     server.wait(10)
     assert until(lambda: not any(map(alive, engine)), 5)
-    again = start_server("demo", "--port", url.rpartition(":")[2])
+    again = start_fake_server("--port", url.rpartition(":")[2])
     assert again.wait_for_url(START_S) == url
     [engine_pid] = again.engine_pids()
     os.kill(engine_pid, signal.SIGKILL)
-    assert until(lambda: httpx.get(f"{url}/health").status_code == 503, 1)
+    assert until(lambda: httpx.get(f"{url}/health").status_code == 503, 2.5)
     assert again.wait(15) == 1
     assert "error: the engine's process was killed by signal 9" in again.stderr
 
 
 def test_an_interrupt_while_loading_is_130_and_leaves_no_child(
-    start_server: Callable[..., Any], until: Callable[..., bool], alive: Callable[[int], bool]
+    start_fake_server: Callable[..., Any], until: Callable[..., bool], alive: Callable[[int], bool]
 ) -> None:
-    server = start_server("demo", "--port", "0")
+    server = start_fake_server("--port", "0", "--revision", "sleep")
     engine: set[int] = set()
 
     def spawned() -> bool:
@@ -281,12 +281,12 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_1(tmp_path: Any) -> None:
 
 
 def test_what_outlasts_the_shutdown_timeout_is_told_and_cut_off(
-    start_server: Callable[..., Any], alive: Callable[[int], bool]
+    start_fake_server: Callable[..., Any], alive: Callable[[int], bool]
 ) -> None:
-    server = start_server("demo", "--port", "0", "--shutdown-timeout", "0.3")
+    server = start_fake_server("--port", "0", "--revision", "slow", "--shutdown-timeout", "0.3")
     url = server.wait_for_url(START_S)
     engine = server.engine_pids()
-    body = {"prompt": "ROMEO:", "max_tokens": 900, "n": 16, "stream": True, "ignore_eos": True}
+    body = {"prompt": "ROMEO:", "max_tokens": 200, "n": 16, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
@@ -298,9 +298,9 @@ def test_what_outlasts_the_shutdown_timeout_is_told_and_cut_off(
     assert not any(map(alive, engine))
 
 
-def test_a_unix_socket_serves(start_server: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_unix_socket_serves(start_fake_server: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "s"
-    server = start_server("demo", "--uds", str(path))
+    server = start_fake_server("--uds", str(path))
     server.wait_for_url(START_S)
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=60) as client:
         answer = client.post("/v1/completions", json={"prompt": "ROMEO:", "max_tokens": 3})

@@ -201,7 +201,7 @@ def test_a_reader_that_stalls_is_cut_off(
             assert b"[DONE]" not in data
 
 
-def test_a_hundred_equal_request_ids_get_their_own_answers(fake_server: Any) -> None:
+def test_a_hundred_equal_request_ids_get_their_own_answers(client: httpx.Client) -> None:
     answers: dict[int, str] = {}
 
     def ask(i: int) -> None:
@@ -212,7 +212,7 @@ def test_a_hundred_equal_request_ids_get_their_own_answers(fake_server: Any) -> 
             "return_token_ids": True,
             "request_id": "same",
         }
-        response = httpx.post(f"{fake_server.url}/v1/completions", json=body, timeout=30).json()
+        response = client.post("/v1/completions", json=body).json()
         assert response["id"] == "cmpl-same"
         answers[i] = response["choices"][0]["token_ids"]
 

@@ -1,5 +1,6 @@
 """`fairlead run` on the embedded model: a prompt, a pipe, a chat at a terminal."""
 
+import io
 import os
 import re
 import select
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from fairlead.request import CompletionOutput, RequestOutput, SamplingParams
+from fairlead_server import cli
 from fairlead_server.run import Chat
 
 if TYPE_CHECKING:
@@ -20,49 +22,36 @@ if TYPE_CHECKING:
 COMMAND = (sys.executable, "-m", "fairlead_server.cli", "run", "demo")
 
 
-@pytest.fixture(scope="module")
-def complete(offline: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command with these arguments, and this text on its standard input."""
+Complete = Callable[..., tuple[int, str, str]]
 
-    def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*COMMAND, "--max-tokens", "24", "--seed", "7", *arguments],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-            env=offline,
-        )
+
+@pytest.fixture
+def complete(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Complete:
+    """Runs the command in this process, with these arguments and this text on its standard input."""
+
+    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as raised:
+            cli.main(["run", "demo", "--max-tokens", "24", "--seed", "7", "--num-blocks", "64", *arguments])
+        captured = capsys.readouterr()
+        assert isinstance(raised.value.code, int)
+        return raised.value.code, captured.out, captured.err
 
     return run
 
 
-@pytest.fixture(scope="module")
-def completed(complete: Callable[..., subprocess.CompletedProcess[str]]) -> subprocess.CompletedProcess[str]:
-    """What the command did with a prompt."""
-    return complete("ROMEO:", "--stats")
-
-
-def test_a_prompt_gives_text_alone_on_stdout_and_stats_on_stderr(completed: subprocess.CompletedProcess[str]) -> None:
-    assert completed.returncode == 0, completed.stderr
-    assert len(completed.stdout) > 10
-    assert completed.stdout.endswith("\n")
+def test_a_prompt_gives_text_alone_on_stdout_and_stats_on_stderr(complete: Complete) -> None:
+    status, out, err = complete("ROMEO:", "--stats")
+    assert status == 0, err
+    assert len(out) > 10
+    assert out.endswith("\n")
     pattern = r"first token after \d+ ms · prompt \d+ tokens, [\d.]+ tok/s · output 24 tokens, [\d.]+ tok/s\n"
-    assert re.fullmatch(pattern, completed.stderr)
+    assert re.fullmatch(pattern, err)
+    assert complete(stdin="ROMEO:") == (0, out, "")  # a pipe gives the same, under one seed
 
 
-def test_a_pipe_gives_the_same_as_the_prompt_under_one_seed(
-    complete: Callable[..., subprocess.CompletedProcess[str]], completed: subprocess.CompletedProcess[str]
-) -> None:
-    piped = complete(stdin="ROMEO:")
-    assert (piped.returncode, piped.stdout, piped.stderr) == (0, completed.stdout, "")
-
-
-def test_an_empty_pipe_is_one_line_at_once(complete: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    done = complete()
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: the prompt is empty; give some text\n"
+def test_an_empty_pipe_is_one_line_at_once(complete: Complete) -> None:
+    assert complete() == (1, "", "error: the prompt is empty; give some text\n")
 
 
 def test_an_interrupt_is_130_without_a_traceback(offline: dict[str, str]) -> None:

@@ -1,8 +1,6 @@
 """`fairlead bench throughput`: what it measures, how platforms take turns, and what it prints."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -10,6 +8,7 @@ import pytest
 
 import fairlead
 from fairlead.errors import ConfigError
+from fairlead_server import cli
 from fairlead_server import throughput as bench
 from fairlead_server.throughput import Load
 
@@ -89,12 +88,12 @@ def test_a_platform_named_twice_is_refused(fake: type[FakeLLM]) -> None:
         bench.throughput({"platform": "a,a"}, LOAD)
 
 
-def test_the_command_on_the_demo() -> None:
+def test_the_command_on_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["bench", "throughput", "demo", "--platform", "cpu", "--num-prompts", "2", "--repeats", "1"]
-    arguments += ["--output-len", "4", "--input-len", "5"]
-    command = [sys.executable, "-m", "fairlead_server.cli", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    [cpu] = json.loads(done.stdout)["platforms"]
+    with pytest.raises(SystemExit) as raised:
+        cli.main([*arguments, "--output-len", "4", "--input-len", "5", "--num-blocks", "64"])
+    captured = capsys.readouterr()
+    assert raised.value.code == 0, captured.err
+    [cpu] = json.loads(captured.out)["platforms"]
     assert cpu["platform"] == "cpu"
     assert cpu["output_tokens_per_s"] > 0

@@ -5,6 +5,7 @@ so is this process. Interrupts and SIGTERM are the parent's to answer; it sends 
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -129,6 +130,7 @@ def run(startup: Startup, load: Callable[[EngineConfig], Engine]) -> int:
     channel = Channel(startup)
     try:
         engine = load(startup.config)
+        settle_memory()
         channel.send(Ready(engine.info))
         serve(engine, channel)
         engine.close()
@@ -138,6 +140,15 @@ def run(startup: Startup, load: Callable[[EngineConfig], Engine]) -> int:
         return 1
     finally:
         channel.close()
+
+
+def settle_memory() -> None:
+    """Takes what is there for good out of the garbage collector's sight.
+
+    Or it would walk all of it time and again, modules included, and nothing would move: 130 ms for 290,000 objects.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def main(load: Callable[[EngineConfig], Engine]) -> int:
