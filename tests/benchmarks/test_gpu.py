@@ -55,7 +55,7 @@ def test_each_step_measures_what_its_targets_are_about(out: Path) -> None:
     assert cases(out, "prefill")["llama8b, 8192"]["share"] > 0
     fairlead = cases(out, "end_to_end")["llama1b: fairlead"]
     assert fairlead["output_tokens_per_s"] == pytest.approx(fairlead["tokens"] / fairlead["seconds"])
-    assert "aten::" in (out / "profiles" / "decode llama1b 1 x 32.txt").read_text(encoding="utf-8")
+    assert "aten::" in (out / "profiles" / "decode_llama1b_1x32.txt").read_text(encoding="utf-8")
 
 
 def test_the_report_names_every_target_and_claims_nothing_of_a_dry_run(out: Path) -> None:

@@ -53,7 +53,7 @@ def decode(card: Card, engine: EngineCore, model: str, num_seqs: int, context: i
         found["share"] = moved / step_s / card.copy_bytes_per_s
         found["tokens_per_s"] = num_seqs / step_s
     if (num_seqs, context) in settings.pick(PROFILED, ((1, 32),)):
-        profiled(card, replay, settings.out / "profiles" / f"decode {model} {num_seqs} x {context}.txt")
+        profiled(card, replay, settings.out / "profiles" / f"decode_{model}_{num_seqs}x{context}.txt")
     return found
 
 

@@ -62,7 +62,7 @@ def fairlead(settings: Settings, model: str, system: str) -> Case:
         run()
         found = [_rate(card, run, sum(n for _, n in asked)) for _ in range(settings.pick(3, 1))]
         few = [(prompt, 16) for prompt, _ in asked[:64]]  # all of them would fill the profiler's memory
-        profiled(card, partial(run, few), settings.out / "profiles" / f"end to end {model}.txt")
+        profiled(card, partial(run, few), settings.out / "profiles" / f"end_to_end_{model}.txt")
         best = max(found, key=lambda case: float(case["output_tokens_per_s"]))
         return {**best, "runs": [case["output_tokens_per_s"] for case in found]}
 

@@ -42,7 +42,7 @@ def prefill(card: Card, engine: EngineCore, model: str, length: int) -> Case:
             engine.step()
     first_token_s = statistics.median(found[1:])
     forward_s, work = forward_time(card, engine, length)
-    profiled(card, work, card.settings.out / "profiles" / f"prefill {model} {length}.txt")
+    profiled(card, work, card.settings.out / "profiles" / f"prefill_{model}_{length}.txt")
     return {
         "first_token_s": first_token_s,
         "forward_s": forward_s,
