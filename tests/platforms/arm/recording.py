@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 import numpy as np
+import pytest
 
 from fairlead.ops.linear import TOLERANCE as LINEAR_TOLERANCE
 from fairlead.ops.table import TOLERANCE
@@ -350,5 +351,6 @@ def install(isa: str, path: str) -> None:
 
         return call
 
-    native.Function = make  # type: ignore[misc, assignment]
-    native.usable = lambda: (isa,)
+    patch = pytest.MonkeyPatch()  # for as long as the process lives
+    patch.setattr(native, "Function", make)
+    patch.setattr(native, "usable", lambda: (isa,))
