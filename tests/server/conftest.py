@@ -105,7 +105,7 @@ class ServerInThread:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._thread.start()
-        assert self._started.wait(30), "the server over the fake engine did not start"
+        assert self._started.wait(120), "the server over the fake engine did not start"
 
     async def _run(self) -> None:
         self.engine = await AsyncEngine.start(EngineConfig.of(model="demo", **self._settings))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parents[1]
-QUICK = ("server/test_errors.py", "server/test_protocol.py")
+QUICK = ("server/test_protocol.py", "core/test_config.py", "core/test_request.py")  # no server: -O compiles all anew
 FULL = ("server", "core/test_checkpoint.py", "core/test_config.py", "core/test_plugins.py", "core/test_request.py")
 
 
