@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -44,6 +45,13 @@ def fake() -> types.ModuleType:
 def offline() -> dict[str, str]:
     """The environment of processes that load the real engine."""
     return OFFLINE
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose sockets have addresses that fit; those of tmp_path need not, under pytest-xdist."""
+    with tempfile.TemporaryDirectory(prefix="f-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
