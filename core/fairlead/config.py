@@ -285,6 +285,9 @@ class ServerConfig:
     metrics_compat: str = setting(
         "vllm", f"Names of the metrics beside fairlead's own: {', '.join(METRICS_COMPAT)} (with those of old releases)."
     )
+    otlp_traces_endpoint: str | None = setting(
+        None, "Where OpenTelemetry traces go, such as http://localhost:4318/v1/traces; needs fairlead[otel]."
+    )
     log_format: str = setting("text", "text or json, a line each, on standard error.")
     log_level: str = setting("info", "debug, info, warning or error.", aliases=("uvicorn_log_level",))
 

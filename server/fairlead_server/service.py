@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     num_active: int = 0
     is_draining: bool = False
+    caller: Callable[[], object] = lambda: None  # the trace of the HTTP request that runs
     num_refused: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(REFUSALS, 0)))
 
     @property
@@ -92,11 +93,11 @@ class Generation:
         config = service.config
         try:
             for request in requests:
-                self._streams.append(
-                    service.engine.submit(
-                        request, max_queue_s=config.max_queue_time, max_total_s=config.max_request_time
-                    )
+                stream = service.engine.submit(
+                    request, max_queue_s=config.max_queue_time, max_total_s=config.max_request_time
                 )
+                stream.times.caller = service.caller()
+                self._streams.append(stream)
         except BaseException:
             self.close()
             raise

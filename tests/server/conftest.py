@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -44,6 +45,13 @@ def fake() -> types.ModuleType:
 def offline() -> dict[str, str]:
     """The environment of processes that load the real engine."""
     return OFFLINE
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose sockets have addresses that fit; those of tmp_path need not, under pytest-xdist."""
+    with tempfile.TemporaryDirectory(prefix="f-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +113,7 @@ class ServerInThread:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._thread.start()
-        assert self._started.wait(30), "the server over the fake engine did not start"
+        assert self._started.wait(120), "the server over the fake engine did not start"
 
     async def _run(self) -> None:
         self.engine = await AsyncEngine.start(EngineConfig.of(model="demo", **self._settings))

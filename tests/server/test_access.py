@@ -145,8 +145,8 @@ def test_a_named_origin_is_let_in_and_no_other(keyed: Any, client: httpx.Client)
     assert not [name for name in without.headers if name.startswith("access-control")]
 
 
-def test_a_unix_socket_serves_and_only_a_dead_ones_place_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "s"
+def test_a_unix_socket_serves_and_only_a_dead_ones_place_is_taken(short_path: Path) -> None:
+    path = short_path / "s"
     with bind_uds(str(path)) as listener:
         listener.listen()
         assert path.stat().st_mode & 0o777 == 0o600

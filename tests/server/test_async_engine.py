@@ -262,9 +262,9 @@ def test_a_missing_model_is_told_without_waiting_for_the_engine() -> None:
 
 
 def test_cancelling_the_start_leaves_no_process_and_no_socket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, children: Callable[[int], set[int]]
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, children: Callable[[int], set[int]]
 ) -> None:
-    monkeypatch.setattr(connection.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(connection.tempfile, "tempdir", str(short_path))
 
     async def main() -> None:
         start = asyncio.ensure_future(AsyncEngine.start(EngineConfig.of(model="demo", revision="sleep")))
@@ -276,20 +276,22 @@ def test_cancelling_the_start_leaves_no_process_and_no_socket(
         assert len(before - children(os.getpid())) == 1
 
     asyncio.run(main())
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_path.iterdir()) == []
 
 
-def test_only_its_owner_can_reach_the_sockets_and_they_go_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection.tempfile, "tempdir", str(tmp_path))
+def test_only_its_owner_can_reach_the_sockets_and_they_go_away(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection.tempfile, "tempdir", str(short_path))
 
     async def work(engine: AsyncEngine) -> None:
-        [folder] = tmp_path.iterdir()
+        [folder] = short_path.iterdir()
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
         assert modes == {"requests.sock": 0o600, "events.sock": 0o600}
 
     run(work)
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_path.iterdir()) == []
 
 
 def test_a_temporary_directory_whose_path_is_too_long_for_sockets_is_named(

@@ -298,8 +298,8 @@ def test_what_outlasts_the_shutdown_timeout_is_told_and_cut_off(
     assert not any(map(alive, engine))
 
 
-def test_a_unix_socket_serves(start_fake_server: Callable[..., Any], tmp_path: Path) -> None:
-    path = tmp_path / "s"
+def test_a_unix_socket_serves(start_fake_server: Callable[..., Any], short_path: Path) -> None:
+    path = short_path / "s"
     server = start_fake_server("--uds", str(path))
     server.wait_for_url(START_S)
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost", timeout=60) as client:

@@ -49,8 +49,8 @@ class Parent:
 
 
 @pytest.fixture
-def parent(tmp_path: Path) -> Iterator[Parent]:
-    made = Parent(tmp_path)
+def parent(short_path: Path) -> Iterator[Parent]:
+    made = Parent(short_path)
     yield made
     made.close()
 
@@ -93,8 +93,8 @@ def test_bytes_that_are_no_message_end_it_with_the_reason(parent: Parent) -> Non
     assert parent.process.wait(10) == 1
 
 
-def test_receiving_does_not_wait_while_there_is_work(tmp_path: Path, until: Callable[..., bool]) -> None:
+def test_receiving_does_not_wait_while_there_is_work(short_path: Path, until: Callable[..., bool]) -> None:
     config = EngineConfig.of(model="demo")
-    channel = Channel(messages.Startup(config, str(tmp_path / "requests"), str(tmp_path / "events")))
+    channel = Channel(messages.Startup(config, str(short_path / "requests"), str(short_path / "events")))
     assert list(channel.receive(0)) == []
     channel.close()

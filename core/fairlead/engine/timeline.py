@@ -8,12 +8,16 @@ from fairlead.request import Request, RequestOutput
 
 @dataclass(slots=True, kw_only=True)
 class Timeline:
-    """When a request reached its stages, by time.monotonic(); None for a stage that it has not reached."""
+    """When a request reached its stages, by time.monotonic(); None for a stage that it has not reached.
+
+    `caller` is whatever the caller wants to find again when the request ends.
+    """
 
     arrived: float
     started: float | None = None  # the scheduler took it up
     first_token: float | None = None
     last_token: float | None = None
+    caller: object = None
 
 
 class EngineObserver(Protocol):
