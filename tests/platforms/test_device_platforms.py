@@ -77,7 +77,7 @@ def test_an_amd_device_is_known_by_its_architecture(name: str, has_bfloat16: boo
     platform: Any = make("rocm", module=module)
     assert platform.defaults.dtype == ("bfloat16" if has_bfloat16 else "float16")
     assert platform.traits.native_fp8 is (fp8 is torch.float8_e4m3fn)
-    assert platform.tuning_key == name.partition(":")[0]
+    assert (platform.tuning_key, platform.traits.warp_size) == (name.partition(":")[0], 32)
 
 
 def test_a_name_that_is_no_architecture_is_refused() -> None:

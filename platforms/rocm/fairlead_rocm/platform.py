@@ -77,6 +77,7 @@ class RocmPlatform(DevicePlatform):
         self.traits = DeviceTraits(
             shared_memory_bytes=getattr(properties, "shared_memory_per_block", 64 * 1024),
             num_processors=getattr(properties, "multi_processor_count", 64),
+            warp_size=self.arch.wave_size,
             native_fp8=self.arch.matrix_fp8 is torch.float8_e4m3fn,
         )
         self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)

@@ -171,7 +171,7 @@ class Planner:
     def _decodes(
         self, sequences: "_Sequences", members: np.ndarray, rows_S: np.ndarray, lows_S: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """The entries of the decode kernel, tiles of one split (the same keys) side by side, and those of the merges."""
+        """Entries of the decode kernel, tiles of one split (the same keys) side by side, and those of the merges."""
         split = self._sizes.split
         tiles_N = -(-rows_S[members] // self._sizes.decode_tile)
         first_splits_N = lows_S[members] // split
