@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 class Build:
-    def pytest_configure(self):  # not sooner: pytest rewrites the assertions of a plugin's package before it is imported
+    def pytest_configure(self):  # not sooner: pytest rewrites a plugin's package before it is imported
         from fairlead_cpu import native
         native._LIB = Path(sys.argv[1])
         assert native.usable() == (sys.argv[2],)

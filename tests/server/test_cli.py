@@ -58,7 +58,7 @@ def no_serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         (["nothing"], "nothing"),
         (["serve", "--port", "99999"], "port must be from 0 to 65535"),
         (["serve", "--dtype", "int3"], "dtype must be one of"),
-        (["serve", "--quantization", "gptq"], "quantization must be one of int8, int4, got 'gptq'"),
+        (["serve", "--quantization", "gptq"], "quantization must be one of int8, int4, fp8, got 'gptq'"),
         (["serve", "a", "--model", "b"], "two models are named: 'a' and --model 'b'"),
         (["serve", "--config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
         (["serve", "--op-providers", "nonsense"], "OP=PROVIDER"),

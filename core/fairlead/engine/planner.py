@@ -226,9 +226,7 @@ def give_rotary(model: torch.nn.Module, backends: Seq[AttentionBackend]) -> tupl
     """Lets each layer's backend rotate its queries and keys, where it can; returns the names of those that do."""
     layers = [layer for layer in model.modules() if isinstance(layer, SelfAttention)]
     owners = [backends[layer.attention.group] for layer in layers]
-    return tuple(
-        dict.fromkeys(b.name for layer, b in zip(layers, owners, strict=True) if layer.give_rotary(b))
-    )
+    return tuple(dict.fromkeys(b.name for layer, b in zip(layers, owners, strict=True) if layer.give_rotary(b)))
 
 
 def negotiate(

@@ -96,10 +96,10 @@ class TritonAttention(PagedCacheOwner):
         q_THD, k_TKD = _rows(q_THD), _rows(k_TKD)
         v_TKD = k_TKD if v_TKD is None else _rows(v_TKD)
         if plan.num_tokens:
-            grid = (plan.num_tokens, -(-self.spec.num_kv_heads // self.tiles.write_heads))
-            kv_write_kernel[grid](
-                k_TKD, v_TKD, kv_cache.data, self._scales_of(kv_cache), plan.words, *_strides(k_TKD), *_strides(v_TKD),
-                *self._inverse_scales, **self._options.write,
+            parts = -(-plan.num_tokens * self.spec.num_kv_heads // self.tiles.write_rows)
+            kv_write_kernel[(parts,)](
+                k_TKD, v_TKD, kv_cache.data, self._scales_of(kv_cache), plan.words, plan.num_tokens, *_strides(k_TKD),
+                *_strides(v_TKD), *self._inverse_scales, **self._options.write,
             )  # fmt: skip
         return self._attend(q_THD, kv_cache, plan)
 
@@ -122,12 +122,13 @@ class TritonAttention(PagedCacheOwner):
         q_THD, k_TKD, v_TKD = _rows(q_THD), _rows(k_TKD), _rows(v_TKD)
         turned_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
         if plan.num_tokens:
-            heads = self.tiles.write_heads
-            parts = -(-self.spec.num_heads // heads) - (-self.spec.num_kv_heads // heads)
-            rotary_kv_write_kernel[(plan.num_tokens, parts)](
+            heads, rows = (self.spec.num_heads, self.spec.num_kv_heads), self.tiles.write_rows
+            parts = sum(-(-plan.num_tokens * n // rows) for n in heads)
+            rotary_kv_write_kernel[(parts,)](
                 q_THD, k_TKD, v_TKD, turned_THD, cos_PR, sin_PR, positions_T, kv_cache.data,
-                self._scales_of(kv_cache), plan.words, *_strides(q_THD), *_strides(k_TKD), *_strides(v_TKD),
-                *self._inverse_scales, R=cos_PR.shape[1], INTERLEAVED=interleaved, **self._options.rotary_write,
+                self._scales_of(kv_cache), plan.words, plan.num_tokens, *_strides(q_THD), *_strides(k_TKD),
+                *_strides(v_TKD), *self._inverse_scales, R=cos_PR.shape[1], INTERLEAVED=interleaved,
+                **self._options.rotary_write,
             )  # fmt: skip
         return self._attend(turned_THD, kv_cache, plan)
 
@@ -180,8 +181,8 @@ class _Options:
         spec = shape.spec
         d0, d1 = padded_sizes(spec)
         value_size = spec.value_size or spec.head_size
-        heads = dict(G=spec.num_heads // spec.num_kv_heads, K=spec.num_kv_heads)
-        stored = dict(BLOCK_SIZE=shape.block_size, FORMAT=FORMATS[kv_dtype], TOKEN_SCALES=has_scales)
+        heads = {"G": spec.num_heads // spec.num_kv_heads, "K": spec.num_kv_heads}
+        stored = {"BLOCK_SIZE": shape.block_size, "FORMAT": FORMATS[kv_dtype], "TOKEN_SCALES": has_scales}
         common: dict[str, Any] = dict(
             **heads, **stored, D=spec.head_size, E=value_size, D0=d0, D1=d1, LATENT=spec.value_size is not None,
             WINDOW=spec.sliding_window or 0, SOFT_CAP=spec.soft_cap or 0.0, ALIBI=spec.alibi_slopes is not None,
@@ -198,7 +199,7 @@ class _Options:
         self.merge = dict(**heads, E=value_size, D0=d0, BLOCK_M=tiles.decode_rows, CHUNK=tiles.merge_chunk)
         self.write = dict(
             **stored, K=spec.num_kv_heads, D=spec.head_size, D_PADDED=power_of_two(spec.head_size),
-            LATENT=spec.value_size is not None, HEADS=tiles.write_heads,
+            LATENT=spec.value_size is not None, ROWS=tiles.write_rows,
         )  # fmt: skip
         self.rotary_write = {**self.write, "H": spec.num_heads}
         del self.rotary_write["LATENT"]
@@ -218,7 +219,7 @@ def _check(shape: AttentionShape, kv_dtype: str) -> None:
 
 
 def _score_scale(scale: float, soft_cap: float | None) -> float:
-    """What scores are multiplied by, so that the exponential is a power of two; with a cap that of tanh, see kernels."""
+    """What scores are multiplied by, so that the exponential is a power of two; with a cap see attend_tiles."""
     log2_e = math.log2(math.e)
     return scale * log2_e if soft_cap is None else 2 * scale / soft_cap * log2_e
 

@@ -27,7 +27,13 @@ class PagedCacheOwner:
     """Sizes, allocation and copies of an AttentionBackend's cache."""
 
     def __init__(
-        self, shape: AttentionShape, allocator: MemoryAllocator, dtype: torch.dtype, *, has_scales: bool, pin_memory: bool
+        self,
+        shape: AttentionShape,
+        allocator: MemoryAllocator,
+        dtype: torch.dtype,
+        *,
+        has_scales: bool,
+        pin_memory: bool,
     ) -> None:
         self.shape = shape
         self._allocator, self._dtype, self._has_scales, self._pin_memory = allocator, dtype, has_scales, pin_memory

@@ -1,4 +1,8 @@
-"""Two things that Triton's interpreter cannot do as compiled code does, each under one name for both."""
+"""What Triton's interpreter cannot do as compiled code does, under one name for both.
+
+There, a call of a jitted function from a kernel wraps all of triton.language anew and never unwraps it: a kernel of
+some hundred such calls takes minutes. So functions of kernels are plain Python to it, reductions included.
+"""
 
 from typing import Any
 
@@ -6,6 +10,10 @@ import triton
 import triton.language as tl
 
 if triton.knobs.runtime.interpret:
+
+    def device_function(fn: Any) -> Any:
+        """A function that kernels call."""
+        return fn
 
     def bound(x: Any) -> int:
         """A bound of a loop: here numbers are arrays of one entry, which NumPy from 2.4 on takes for no index."""
@@ -15,7 +23,16 @@ if triton.knobs.runtime.interpret:
         """acc + a b; here the bits of bfloat16 would be multiplied as integers."""
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
 
+    def largest_of(x: Any, axis: int) -> Any:
+        """The maximum along an axis."""
+        return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+    def sum_of(x: Any, axis: int) -> Any:
+        """The sum along an axis."""
+        return tl.reduce(x, axis, tl.standard._sum_combine)
+
 else:
+    device_function = triton.jit
 
     @triton.jit
     def bound(x):  # type: ignore[no-untyped-def]
@@ -26,3 +43,13 @@ else:
     def dot(a, b, acc):  # type: ignore[no-untyped-def]
         """acc + a b, float32 without shortened mantissas."""
         return tl.dot(a, b, acc, input_precision="ieee")
+
+    @triton.jit
+    def largest_of(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The maximum along an axis."""
+        return tl.max(x, axis)
+
+    @triton.jit
+    def sum_of(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The sum along an axis."""
+        return tl.sum(x, axis)

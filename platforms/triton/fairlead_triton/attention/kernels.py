@@ -14,19 +14,22 @@ normalizer calculation for softmax" (2018).
 Shapes: M rows of a tile, N keys of a tile, D head size, E head size of the values, K kv-heads, G heads per kv-head.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+# Triton reads types of its own from the arguments of a launch.
+
 import triton
 import triton.language as tl
 
-from fairlead_triton.attention.interpreted import bound, dot
+from fairlead_triton.attention.interpreted import bound, device_function, dot, largest_of, sum_of
 
 FORMATS = {"auto": 0, "fp8_e4m3": 1, "float8_e4m3fn": 1, "fp8_e5m2": 2, "float8_e5m2": 2}
-"""What a stored element is: the model's dtype, or OCP fp8 bits in bytes, by the names that users and torch give them."""
+"""What a stored element is: the model's dtype, or OCP fp8 bits in bytes, by users' names and torch's."""
 ENTRY: tl.constexpr = tl.constexpr(8)
 """Words of an entry of every section, see plan.py."""
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@device_function
 def decode_fp8(x, FORMAT: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
     """Stored bytes as numbers. e4m3's exponent has another bias than float16's: 2^8 makes up for it, exactly."""
     if FORMAT == 0:
@@ -45,7 +48,7 @@ def decode_fp8(x, FORMAT: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexp
         return (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(dtype)
 
 
-@triton.jit
+@device_function
 def load_tile(ptr, rows_N, columns_D, is_row_N, SIZE: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
     """(N, D) elements at element offsets rows + columns; 0 outside of the row mask and past SIZE columns."""
     pointers = ptr + rows_N[:, None] + columns_D[None, :]
@@ -60,7 +63,7 @@ def load_tile(ptr, rows_N, columns_D, is_row_N, SIZE: tl.constexpr, PADDED: tl.c
         return tl.load(pointers)
 
 
-@triton.jit
+@device_function
 def attend_tiles(
     acc, m_M, l_M, q0, q1, cache, scales, table, begin, end, lo, hi, pos_M, slope_M, kv_head, qk_scale, v_scale,
     MASKED: tl.constexpr, K: tl.constexpr, D: tl.constexpr, E: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -86,8 +89,10 @@ def attend_tiles(
             block = tl.load(table + n_N // BLOCK_SIZE, mask=is_key_N, other=0).to(tl.int64)
             slots_N = n_N % BLOCK_SIZE
         rows_N = block * (PLANES * PLANE) + (kv_head * BLOCK_SIZE + slots_N) * D
-        k0 = decode_fp8(load_tile(cache, rows_N, columns0, is_key_N, E if LATENT else D, D0, MASKED), FORMAT, NATIVE, dtype)
-        s = dot(q0, tl.trans(k0), tl.zeros((q0.shape[0], BLOCK_N), tl.float32))
+        k0 = decode_fp8(
+            load_tile(cache, rows_N, columns0, is_key_N, E if LATENT else D, D0, MASKED), FORMAT, NATIVE, dtype
+        )
+        s = dot(q0, tl.trans(k0), tl.full((q0.shape[0], BLOCK_N), 0.0, tl.float32))
         if D1 > 0:
             k1 = load_tile(cache + E, rows_N, tl.arange(0, D1), is_key_N, D - E, D1, MASKED)
             s = dot(q1, tl.trans(decode_fp8(k1, FORMAT, NATIVE, dtype)), s)
@@ -106,13 +111,13 @@ def attend_tiles(
             if WINDOW > 0:
                 is_seen &= n_N[None, :] > pos_M[:, None] - WINDOW
             s = tl.where(is_seen, s, float("-inf"))
-        new_m_M = tl.maximum(m_M, tl.max(s, 1))
+        new_m_M = tl.maximum(m_M, largest_of(s, 1))
         zero_M = new_m_M
         if MASKED:
             zero_M = tl.where(new_m_M == float("-inf"), 0.0, new_m_M)  # a row that has seen nothing yet
         p = tl.exp2(s - zero_M[:, None])
         alpha_M = tl.exp2(m_M - zero_M)
-        l_M = l_M * alpha_M + tl.sum(p, 1)
+        l_M = l_M * alpha_M + sum_of(p, 1)
         acc *= alpha_M[:, None]
         if LATENT:
             v = k0
@@ -127,7 +132,7 @@ def attend_tiles(
     return acc, m_M, l_M
 
 
-@triton.jit
+@device_function
 def attend_rows(
     q, cache, scales, slopes, words, first_row, query_len, seq_len, table_offset, tile, kv_head, split_begin, split_end,
     q_stride_t, q_stride_h, qk_scale, v_scale,
@@ -167,9 +172,9 @@ def attend_rows(
         all_begin = (tl.maximum(all_begin, last_pos - WINDOW + 1) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     all_end = tl.maximum(all_begin, all_end)
 
-    acc = tl.zeros((BLOCK_M, D0), tl.float32)
+    acc = tl.full((BLOCK_M, D0), 0.0, tl.float32)
     m_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l_M = tl.zeros((BLOCK_M,), tl.float32)
+    l_M = tl.full((BLOCK_M,), 0.0, tl.float32)
     table = words + table_offset
     if WINDOW > 0:
         acc, m_M, l_M = attend_tiles(
@@ -199,7 +204,7 @@ def prompt_kernel(
     entry = words + tiles_at + tl.program_id(0) * ENTRY
     kv_head = tl.program_id(1)
     seq_len = tl.load(entry + 2)
-    acc, m_M, l_M, token_M, head_M, is_row_M = attend_rows(
+    acc, _, l_M, token_M, head_M, is_row_M = attend_rows(
         q, cache, scales, slopes, words, tl.load(entry), tl.load(entry + 1), seq_len, tl.load(entry + 3),
         tl.load(entry + 4), kv_head, 0, seq_len, q_stride_t, q_stride_h, qk_scale, v_scale, G, K, D, E, D0, D1, LATENT,
         BLOCK_SIZE, BLOCK_M, BLOCK_N, WINDOW, SOFT_CAP, ALIBI, FORMAT, NATIVE, TOKEN_SCALES, STAGES)  # fmt: skip
@@ -264,7 +269,7 @@ def merge_kernel(
     head = tl.program_id(1)
     row = query * G + head % G
     columns = tl.arange(0, D0)
-    acc = tl.zeros((D0,), tl.float32)
+    acc = tl.full((D0,), 0.0, tl.float32)
     largest, total = float("-inf"), 0.0
     for c in range(0, bound(num_splits), CHUNK):
         split_C = c + tl.arange(0, CHUNK)
@@ -275,12 +280,12 @@ def merge_kernel(
         l_C = tl.load(partial_ml + at_C * BLOCK_M + BLOCK_M + row_C, mask=is_split_C, other=0.0)
         mask = is_split_C[:, None] & (columns < E)[None, :]
         acc_C = tl.load(partials + row_C[:, None] * E + columns[None, :], mask=mask, other=0.0)
-        new = tl.maximum(largest, tl.max(m_C, 0))
+        new = tl.maximum(largest, largest_of(m_C, 0))
         zero = tl.where(new == float("-inf"), 0.0, new)
         weight_C = tl.exp2(m_C - zero)
         alpha = tl.exp2(largest - zero)
-        total = total * alpha + tl.sum(l_C * weight_C, 0)
-        acc = acc * alpha + tl.sum(acc_C * weight_C[:, None], 0)
+        total = total * alpha + sum_of(l_C * weight_C, 0)
+        acc = acc * alpha + sum_of(acc_C * weight_C[:, None], 0)
         largest = new
     out_row = (token.to(tl.int64) * (G * K) + head) * E
     tl.store(out + out_row + columns, (acc / total).to(out.dtype.element_ty), mask=columns < E)

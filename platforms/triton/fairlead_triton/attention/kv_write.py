@@ -1,17 +1,23 @@
 """Writing keys and values to the paged cache, as they are or quantised, alone or with the rotary embedding of q and k.
 
-Shapes: T packed tokens, C heads of a program, H query heads, K kv-heads, D head size, R rotated dimensions.
+Shapes: T packed tokens, H query heads, K kv-heads, D head size; an index R counts the rows of a program, each a head of
+a token, while the constant R is the number of rotated dimensions.
 Sources: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), section 3; Su et al., "RoFormer" (2021), 3.4.2.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-calls=False
+# Triton reads types of its own from the arguments of a launch.
+
 import triton
 import triton.language as tl
+
+from fairlead_triton.attention.interpreted import device_function, largest_of
 
 SLOTS_AT: tl.constexpr = tl.constexpr(8)
 """Where the slot mapping begins in the words of a step, see plan.py."""
 
 
-@triton.jit
+@device_function
 def encode_fp8(x, FORMAT: tl.constexpr):
     """float32 to the nearest OCP fp8 value, ties to even, as bytes; what is too large becomes the largest, NaN stays.
 
@@ -33,63 +39,69 @@ def encode_fp8(x, FORMAT: tl.constexpr):
     return (code | sign).to(tl.uint8)
 
 
-@triton.jit
-def store_heads(
-    x, cache, scales, slot, plane, heads_C, is_head_C, columns, inverse_scale,
+@device_function
+def store_rows(
+    x, cache, scales, slots_R, plane, heads_R, is_row_R, columns, inverse_scale,
     K: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr, BLOCK_SIZE: tl.constexpr, FORMAT: tl.constexpr,
     TOKEN_SCALES: tl.constexpr,
 ):  # fmt: skip
-    """Stores float32 rows (C, D padded) of one token in a plane of the cache."""
-    block = (slot // BLOCK_SIZE).to(tl.int64) * PLANES + plane
-    rows_C = (block * K + heads_C) * BLOCK_SIZE + slot % BLOCK_SIZE
-    pointers = cache + rows_C[:, None] * D + columns[None, :]
-    mask = is_head_C[:, None] & (columns < D)[None, :]
+    """Stores float32 rows (R, D padded) in a plane of the cache."""
+    blocks_R = (slots_R // BLOCK_SIZE).to(tl.int64) * PLANES + plane
+    rows_R = (blocks_R * K + heads_R) * BLOCK_SIZE + slots_R % BLOCK_SIZE
+    pointers = cache + rows_R[:, None] * D + columns[None, :]
+    mask = is_row_R[:, None] & (columns < D)[None, :]
     if FORMAT == 0:
         tl.store(pointers, x.to(cache.dtype.element_ty), mask=mask)
     else:
         if TOKEN_SCALES:
             LARGEST: tl.constexpr = 448.0 if FORMAT == 1 else 57344.0
-            scale_C = tl.max(tl.abs(x), 1) / LARGEST
-            scale_C = tl.where(scale_C > 0.0, scale_C, 1.0)
-            tl.store(scales + rows_C, scale_C, mask=is_head_C)
-            x = x / scale_C[:, None]
+            scale_R = largest_of(tl.abs(x), 1) / LARGEST
+            scale_R = tl.where(scale_R > 0.0, scale_R, 1.0)
+            tl.store(scales + rows_R, scale_R, mask=is_row_R)
+            x = x / scale_R[:, None]
         else:
             x = x * inverse_scale
         tl.store(pointers, encode_fp8(x, FORMAT), mask=mask)
 
 
-@triton.jit
+@device_function
+def load_rows(x, stride_t, stride_h, tokens_R, heads_R, is_row_R, columns, D: tl.constexpr):
+    """Rows (R, D padded) of q, k or v in float32."""
+    pointers = x + tokens_R[:, None] * stride_t + heads_R[:, None] * stride_h + columns[None, :]
+    return tl.load(pointers, mask=is_row_R[:, None] & (columns < D)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def kv_write_kernel(
-    k, v, cache, scales, words, k_stride_t, k_stride_h, v_stride_t, v_stride_h, inverse_k_scale, inverse_v_scale,
+    k, v, cache, scales, words, num_tokens, k_stride_t, k_stride_h, v_stride_t, v_stride_h, inverse_k_scale,
+    inverse_v_scale,
     K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, BLOCK_SIZE: tl.constexpr, LATENT: tl.constexpr,
-    FORMAT: tl.constexpr, TOKEN_SCALES: tl.constexpr, HEADS: tl.constexpr,
+    FORMAT: tl.constexpr, TOKEN_SCALES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, HEADS kv-heads)."""
+    """Program (ROWS rows of the T * K heads of keys and values)."""
     PLANES: tl.constexpr = 1 if LATENT else 2
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(words + SLOTS_AT + token)
-    heads_C = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    is_head_C = heads_C < K
+    row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row_R = row_R < num_tokens * K
+    tokens_R = (row_R // K).to(tl.int64)
+    heads_R = row_R % K
+    slots_R = tl.load(words + SLOTS_AT + tokens_R, mask=is_row_R, other=0)
     columns = tl.arange(0, D_PADDED)
-    mask = is_head_C[:, None] & (columns < D)[None, :]
-    x = tl.load(k + token * k_stride_t + heads_C[:, None] * k_stride_h + columns[None, :], mask=mask, other=0.0)
-    store_heads(x.to(tl.float32), cache, scales, slot, 0, heads_C, is_head_C, columns, inverse_k_scale, K, D, PLANES,
-                BLOCK_SIZE, FORMAT, TOKEN_SCALES)  # fmt: skip
+    x = load_rows(k, k_stride_t, k_stride_h, tokens_R, heads_R, is_row_R, columns, D)
+    store_rows(x, cache, scales, slots_R, 0, heads_R, is_row_R, columns, inverse_k_scale, K, D, PLANES, BLOCK_SIZE,
+               FORMAT, TOKEN_SCALES)  # fmt: skip
     if not LATENT:
-        x = tl.load(v + token * v_stride_t + heads_C[:, None] * v_stride_h + columns[None, :], mask=mask, other=0.0)
-        store_heads(x.to(tl.float32), cache, scales, slot, 1, heads_C, is_head_C, columns, inverse_v_scale, K, D,
-                    PLANES, BLOCK_SIZE, FORMAT, TOKEN_SCALES)  # fmt: skip
+        x = load_rows(v, v_stride_t, v_stride_h, tokens_R, heads_R, is_row_R, columns, D)
+        store_rows(x, cache, scales, slots_R, 1, heads_R, is_row_R, columns, inverse_v_scale, K, D, PLANES, BLOCK_SIZE,
+                   FORMAT, TOKEN_SCALES)  # fmt: skip
 
 
-@triton.jit
-def rotate(
-    x, token, stride_t, stride_h, cos, sin, position, heads_C, is_head_C, columns,
+@device_function
+def turned_rows(
+    x, stride_t, stride_h, cos, sin, positions, tokens_R, heads_R, is_row_R, columns,
     D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one token, the first R dimensions turned by its position: (C, D padded) in float32."""
-    row = x + token * stride_t + heads_C[:, None] * stride_h
-    mask = is_head_C[:, None] & (columns < D)[None, :]
-    own = tl.load(row + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    """Rows of q or k, their first R dimensions turned by their tokens' positions: (R, D padded) in float32."""
+    own = load_rows(x, stride_t, stride_h, tokens_R, heads_R, is_row_R, columns, D)
     is_turned = columns < R
     if INTERLEAVED:
         partner = columns ^ 1
@@ -98,41 +110,44 @@ def rotate(
         is_first = columns < R // 2
         partner = tl.where(is_first, columns + R // 2, columns - R // 2)
     partner = tl.where(is_turned, partner, columns)
-    other = tl.load(row + partner[None, :], mask=mask & is_turned[None, :], other=0.0).to(tl.float32)
-    c = tl.load(cos + position * R + columns, mask=is_turned, other=1.0).to(tl.float32)
-    s = tl.load(sin + position * R + columns, mask=is_turned, other=0.0).to(tl.float32)
-    return own * c[None, :] + tl.where(is_first[None, :], -other, other) * s[None, :]
+    other = load_rows(x, stride_t, stride_h, tokens_R, heads_R, is_row_R, partner, D)
+    at = tl.load(positions + tokens_R, mask=is_row_R, other=0)[:, None] * R + columns[None, :]
+    mask = is_row_R[:, None] & is_turned[None, :]
+    c = tl.load(cos + at, mask=mask, other=1.0).to(tl.float32)
+    s = tl.load(sin + at, mask=mask, other=0.0).to(tl.float32)
+    return own * c + tl.where(is_first[None, :], -other, other) * s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rotary_kv_write_kernel(
-    q, k, v, q_out, cos, sin, positions, cache, scales, words, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-    v_stride_t, v_stride_h, inverse_k_scale, inverse_v_scale,
+    q, k, v, q_out, cos, sin, positions, cache, scales, words, num_tokens, q_stride_t, q_stride_h, k_stride_t,
+    k_stride_h, v_stride_t, v_stride_h, inverse_k_scale, inverse_v_scale,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, R: tl.constexpr,
     INTERLEAVED: tl.constexpr, BLOCK_SIZE: tl.constexpr, FORMAT: tl.constexpr, TOKEN_SCALES: tl.constexpr,
-    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, HEADS heads): first those of the queries, which go to `q_out` (T, H, D), then the kv-heads."""
-    QUERY_PARTS: tl.constexpr = (H + HEADS - 1) // HEADS
-    token = tl.program_id(0).to(tl.int64)
-    position = tl.load(positions + token)
-    part = tl.program_id(1)
+    """Program (ROWS rows): the T * H heads of the queries, which go to `q_out` (T, H, D), then the T * K others."""
+    part = tl.program_id(0)
+    query_parts = (num_tokens * H + ROWS - 1) // ROWS
     columns = tl.arange(0, D_PADDED)
-    if part < QUERY_PARTS:
-        heads_C = part * HEADS + tl.arange(0, HEADS)
-        is_head_C = heads_C < H
-        x = rotate(q, token, q_stride_t, q_stride_h, cos, sin, position, heads_C, is_head_C, columns, D, R, INTERLEAVED)
-        mask = is_head_C[:, None] & (columns < D)[None, :]
-        rows_C = (token * H + heads_C) * D
-        tl.store(q_out + rows_C[:, None] + columns[None, :], x.to(q_out.dtype.element_ty), mask=mask)
+    if part < query_parts:
+        row_R = part * ROWS + tl.arange(0, ROWS)
+        is_row_R = row_R < num_tokens * H
+        tokens_R = (row_R // H).to(tl.int64)
+        x = turned_rows(q, q_stride_t, q_stride_h, cos, sin, positions, tokens_R, row_R % H, is_row_R, columns, D, R,
+                        INTERLEAVED)  # fmt: skip
+        pointers = q_out + row_R.to(tl.int64)[:, None] * D + columns[None, :]
+        tl.store(pointers, x.to(q_out.dtype.element_ty), mask=is_row_R[:, None] & (columns < D)[None, :])
     else:
-        heads_C = (part - QUERY_PARTS) * HEADS + tl.arange(0, HEADS)
-        is_head_C = heads_C < K
-        slot = tl.load(words + SLOTS_AT + token)
-        x = rotate(k, token, k_stride_t, k_stride_h, cos, sin, position, heads_C, is_head_C, columns, D, R, INTERLEAVED)
-        store_heads(x, cache, scales, slot, 0, heads_C, is_head_C, columns, inverse_k_scale, K, D, 2, BLOCK_SIZE,
-                    FORMAT, TOKEN_SCALES)  # fmt: skip
-        mask = is_head_C[:, None] & (columns < D)[None, :]
-        x = tl.load(v + token * v_stride_t + heads_C[:, None] * v_stride_h + columns[None, :], mask=mask, other=0.0)
-        store_heads(x.to(tl.float32), cache, scales, slot, 1, heads_C, is_head_C, columns, inverse_v_scale, K, D, 2,
-                    BLOCK_SIZE, FORMAT, TOKEN_SCALES)  # fmt: skip
+        row_R = (part - query_parts) * ROWS + tl.arange(0, ROWS)
+        is_row_R = row_R < num_tokens * K
+        tokens_R = (row_R // K).to(tl.int64)
+        heads_R = row_R % K
+        slots_R = tl.load(words + SLOTS_AT + tokens_R, mask=is_row_R, other=0)
+        x = turned_rows(k, k_stride_t, k_stride_h, cos, sin, positions, tokens_R, heads_R, is_row_R, columns, D, R,
+                        INTERLEAVED)  # fmt: skip
+        store_rows(x, cache, scales, slots_R, 0, heads_R, is_row_R, columns, inverse_k_scale, K, D, 2, BLOCK_SIZE,
+                   FORMAT, TOKEN_SCALES)  # fmt: skip
+        x = load_rows(v, v_stride_t, v_stride_h, tokens_R, heads_R, is_row_R, columns, D)
+        store_rows(x, cache, scales, slots_R, 1, heads_R, is_row_R, columns, inverse_v_scale, K, D, 2, BLOCK_SIZE,
+                   FORMAT, TOKEN_SCALES)  # fmt: skip

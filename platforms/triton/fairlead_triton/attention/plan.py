@@ -35,7 +35,7 @@ ENTRY = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanSizes:
-    """What of a backend decides how a step is cut. `max_decode_rows` bounds the rows of a sequence in the decode kernel.
+    """What of a backend decides how a step is cut. `max_decode_rows` bounds a sequence's rows in the decode kernel.
 
     Tiles are in rows, `split` in tokens. `max_words` and `max_partials` (tiles of decodes in parts) are those of the
     memory that is kept.
@@ -89,7 +89,12 @@ class TritonPlan:
         """`staging` are the words on the host; the plan keeps them until the copy is over."""
         self._memory, self._staging, self._num_partials = memory, staging, num_partials
         self.num_tokens, self.num_decodes, self.num_prompts = num_tokens, num_decodes, num_prompts
-        self.merge_grid, self.merges_at, self.decodes_at, self.prompts_at = merge_grid, merges_at, decodes_at, prompts_at
+        self.merge_grid, self.merges_at, self.decodes_at, self.prompts_at = (
+            merge_grid,
+            merges_at,
+            decodes_at,
+            prompts_at,
+        )
         has_room = len(staging) <= len(memory.words) and num_partials <= len(memory.partials)
         self.replayable = has_room and num_prompts == 0
         """Whether any plan of as many tokens that says so, too, can be run by a replay of this one's launches."""
@@ -166,7 +171,7 @@ class Planner:
     def _decodes(
         self, sequences: "_Sequences", members: np.ndarray, rows_S: np.ndarray, lows_S: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """The entries of the decode kernel, tiles of one split side by side (they read the same keys), and the merges."""
+        """Entries of the decode kernel, tiles of one split (the same keys) side by side, and those of the merges."""
         split = self._sizes.split
         tiles_N = -(-rows_S[members] // self._sizes.decode_tile)
         first_splits_N = lows_S[members] // split

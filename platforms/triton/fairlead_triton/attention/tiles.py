@@ -17,24 +17,33 @@ from fairlead.interface import AttentionSpec
 class DeviceTraits:
     """What the choice depends on; the defaults suit a device that nobody knows.
 
-    `shared_memory_bytes` are those of one program at most. `tile_registers` are the words of a tile's results, scores
-    and operands that a thread may hold before registers spill; with `wide_matrix` instructions, whose operands stay in
-    shared memory, only results and scores count. `async_copies`: loads go to shared memory without registers, so that
-    a loop keeps a tile more there. `native_fp8`: the device converts OCP fp8 (both formats) itself.
+    `shared_memory_bytes` are those of one program at most. `async_copies`: loads go to shared memory without registers,
+    so that a loop keeps a tile more there. `native_fp8`: the device converts OCP fp8 (both formats) itself.
     """
 
     shared_memory_bytes: int = 64 * 1024
     num_processors: int = 64
     warp_size: int = 32
-    tile_registers: int = 64
-    wide_matrix: bool = False
     async_copies: bool = False
     native_fp8: bool = False
+
+    @property
+    def wide_matrix(self) -> bool:
+        """Whether matrix instructions read their operands from shared memory: where it is that large, they do."""
+        return self.async_copies and self.shared_memory_bytes > 200 * 1024
+
+    @property
+    def tile_registers(self) -> int:
+        """Words of a tile's results, scores and operands that a thread may hold before the compilers spill registers.
+
+        With `wide_matrix` instructions, operands do not count.
+        """
+        return 160 if self.async_copies else 100 if self.warp_size == 64 else 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """Rows and keys of a tile, warps, loop stages, by kernel; `split` in tokens; merges take `merge_chunk` splits at once.
+    """Rows and keys of a tile, warps, loop stages, by kernel; `split` in tokens; a merge adds `merge_chunk` at once.
 
     `programs_per_processor` is how many programs share the decode kernel's list on each processor.
     """
@@ -52,12 +61,12 @@ class Tiles:
     merge_chunk: int = 8
     max_decode_rows: int = 64
     """Rows of a sequence (new tokens times heads of a kv-head) that the decode kernel takes at most."""
-    write_heads: int = 8
+    write_rows: int = 8
     workspace_bytes: int = 64 * 2**20
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, f.name) for f in fields(self) if f.name.endswith(("_rows", "_keys", "_chunk", "split"))]
-        if any(n <= 0 or n & (n - 1) for n in (*sizes, self.write_heads)):
+        if any(n <= 0 or n & (n - 1) for n in sizes):
             raise ConfigError(f"tile sizes of the Triton attention must be powers of two, got {self!r}")
         if self.split % self.decode_keys:
             raise ConfigError(f"split {self.split} must be a multiple of decode_keys {self.decode_keys}")
@@ -75,8 +84,6 @@ def traits_of(target: str, *, num_processors: int) -> DeviceTraits:
         return DeviceTraits(
             shared_memory_bytes=large.get(generation, 99 if generation >= 80 else 64) * 1024,
             num_processors=num_processors,
-            tile_registers=160,
-            wide_matrix=generation // 10 in (9, 10),
             async_copies=generation >= 80,
             native_fp8=generation >= 89,
         )
@@ -85,10 +92,9 @@ def traits_of(target: str, *, num_processors: int) -> DeviceTraits:
             shared_memory_bytes=(160 if target == "gfx950" else 64) * 1024,
             num_processors=num_processors,
             warp_size=64,
-            tile_registers=100,
             native_fp8=target == "gfx950",
         )
-    return DeviceTraits(num_processors=num_processors, tile_registers=64)
+    return DeviceTraits(num_processors=num_processors)
 
 
 def power_of_two(n: int) -> int:

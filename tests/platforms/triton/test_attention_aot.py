@@ -1,0 +1,117 @@
+"""The attention kernels, compiled for devices that are not here at the tile sizes that they would have there."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from aot import SHARED_BYTES, TARGETS, Case, Compiled, compile_cases
+
+from fairlead.interface import AttentionShape, AttentionSpec
+from fairlead.ops.memory import PooledAllocator
+from fairlead_triton.attention import tiles
+from fairlead_triton.attention.backend import TritonAttention
+
+KINDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"heads": (32, 8), "head_size": 128},
+    "small": {"heads": (32, 8), "head_size": 64, "block_size": 64},
+    "gemma": {"heads": (8, 4), "head_size": 256, "soft_cap": 50.0, "sliding_window": 4096},
+    "alibi": {"heads": (32, 32), "head_size": 80, "alibi_slopes": (0.5,) * 32, "dtype": "float16"},
+    "latent": {"heads": (16, 1), "head_size": 576, "value_size": 512, "block_size": 64},
+    "fp8": {"heads": (32, 8), "head_size": 128, "kv_dtype": "fp8_e4m3", "kv_scales": None},
+    "float32": {"heads": (32, 8), "head_size": 128, "dtype": "float32"},
+}
+LAUNCHES = ("prompt", "decode", "merge", "write", "rotary_write")
+QUICK = [
+    ("sm_90", "llama", "prompt"), ("sm_90", "llama", "decode"), ("gfx942", "llama", "prompt"),
+    ("gfx942", "llama", "decode"), ("sm_120", "fp8", "decode"), ("sm_80", "fp8", "rotary_write"),
+    ("gfx1100", "llama", "merge"), ("sm_100", "latent", "write"),
+]  # fmt: skip
+FULL = [
+    (target, shape, launch)
+    for target in TARGETS
+    for shape in SHAPES
+    for launch in LAUNCHES
+    if launch in ("prompt", "decode") or shape in ("llama", "latent", "fp8")
+    if not (launch == "rotary_write" and shape == "latent")
+]
+CASES = FULL if os.environ.get("FAIRLEAD_TEST_FULL") == "1" else QUICK
+# What is known to spill, in bytes (sm) or registers (gfx): latent attention keeps 512 results of a row, float32 has no
+# matrix instructions on the one side, and RDNA 3 holds every operand of its own twice. Nothing else may.
+SPILLS = {
+    **{("sm_90", "latent"): 1024, ("sm_100", "latent"): 1024},
+    **{(target, "latent"): 64 for target in ("sm_80", "sm_120", "gfx90a", "gfx942", "gfx950")},
+    **{(target, "float32"): 1200 for target in ("sm_80", "sm_90", "sm_100", "sm_120")},
+    **{("gfx1100", shape): 700 for shape in SHAPES},
+}
+
+
+def make_backend(
+    target: str, *, heads: tuple[int, int], head_size: int, block_size: int = 16, dtype: str = "bfloat16",
+    kv_dtype: str = "auto", kv_scales: tuple[float, float] | None = (1.0, 1.0), **kind: Any,
+) -> TritonAttention:  # fmt: skip
+    spec = AttentionSpec(num_heads=heads[0], num_kv_heads=heads[1], head_size=head_size, scale=0.1, **kind)
+    shape = AttentionShape(spec=spec, num_layers=1, block_size=block_size, dtype=dtype)
+    memory = PooledAllocator(lambda size, dtype: torch.empty(size, dtype=dtype))
+    traits = tiles.traits_of(target, num_processors=100)
+    return TritonAttention(shape, memory, torch.device("cpu"), kv_dtype=kv_dtype, kv_scales=kv_scales, traits=traits)
+
+
+def case(target: str, shape: str, launch: str) -> Case:
+    """A launch as the backend makes it, on views whose rows are aligned."""
+    backend = make_backend(target, **SHAPES[shape])
+    options = dict(getattr(backend._options, launch))
+    model = "*" + KINDS[backend.shape.dtype]
+    stored = model if backend.kv_dtype == "auto" else "*u8"
+    numbers = dict.fromkeys(("qk_scale", "v_scale", "inverse_k_scale", "inverse_v_scale"), "fp32")
+    types = {
+        **dict.fromkeys(("out", "q", "k", "v", "q_out", "cos", "sin"), model), **numbers,
+        **dict.fromkeys(("scales", "slopes", "partials", "partial_ml"), "*fp32"),
+        "cache": stored, "words": "*i32", "positions": "*i64",
+    }  # fmt: skip
+    module = "kv_write" if "write" in launch else "kernels"
+    name = {"write": "kv_write", "rotary_write": "rotary_kv_write"}.get(launch, launch) + "_kernel"
+    names = arguments(module, name)
+    if launch == "rotary_write":
+        options |= {"R": backend.spec.head_size, "INTERLEAVED": False}
+    num_warps = options.pop("num_warps", 4)
+    signature = {n: types.get(n, "i32") for n in names if n not in options}
+    aligned = tuple(n for n in signature if signature[n][0] == "*" or "stride" in n)
+    return Case(
+        kernel=f"fairlead_triton.attention.{module}:{name}", signature=signature, constexprs=options,
+        num_warps=num_warps, aligned=aligned, label=shape, max_spills={target: SPILLS.get((target, shape), 0)},
+    )  # fmt: skip
+
+
+def arguments(module: str, name: str) -> list[str]:
+    from fairlead_triton.attention import kernels, kv_write
+
+    return list(getattr({"kernels": kernels, "kv_write": kv_write}[module], name).arg_names)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, str], Compiled]:
+    """All of them, by one child process."""
+    return compile_cases([(target, case(target, shape, launch)) for target, shape, launch in CASES])
+
+
+@pytest.mark.parametrize(("target", "shape", "launch"), CASES)
+def test_it_compiles_and_fits(target: str, shape: str, launch: str, compiled: dict[tuple[str, str], Compiled]) -> None:
+    asked = case(target, shape, launch)
+    compiled[target, asked.name].check(asked)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_targets_have_the_shared_memory_that_is_known(target: str) -> None:
+    assert tiles.traits_of(target, num_processors=1).shared_memory_bytes == SHARED_BYTES[target]
+
+
+def test_the_widest_tiles_are_for_the_widest_instructions() -> None:
+    """What the speed on an H200 rests on; a change of the lists should not lose it unnoticed."""
+    hopper = make_backend("sm_90", **SHAPES["llama"]).tiles
+    assert (hopper.prompt_rows, hopper.prompt_keys, hopper.prompt_warps) == (128, 128, 8)
+    assert (hopper.decode_rows, hopper.decode_keys, hopper.decode_warps) == (16, 64, 4)
+    unknown = tiles.traits_of("sm_75", num_processors=1)
+    assert not unknown.async_copies
+    assert tiles.traits_of("a name of tomorrow", num_processors=7) == tiles.DeviceTraits(num_processors=7)
