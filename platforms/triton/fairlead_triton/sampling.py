@@ -87,7 +87,7 @@ class Sampling:
                 num_tokens,
                 probs_RV.stride(0),
                 *settings_4R.stride(),
-                BLOCK=min(self._draw["block"], power_of_two(num_tokens)),
+                BLOCK=min(self._draw["block_filtered"], power_of_two(num_tokens)),
                 num_warps=self._draw["num_warps"],
             )
         return out_R

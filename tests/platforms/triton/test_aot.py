@@ -24,7 +24,7 @@ def test_it_compiles_for_every_target() -> None:
 
 
 def test_it_sees_spills_and_errors() -> None:
-    spilling, failing = sample(16384, "spills", num_warps=1), sample(500, "fails")
+    spilling, failing = sample(8192, "spills", num_warps=1), sample(500, "fails")
     results = compile_cases([("sm_90", spilling), ("gfx942", failing), ("sm_90", failing)])
     assert results["sm_90", spilling.name].spills > 0
     for target in ("sm_90", "gfx942"):

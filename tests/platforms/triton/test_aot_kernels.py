@@ -38,7 +38,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e4m3fnuz: "fp8e4b8",
 }
-EVERYWHERE = ("rms_norm", "skinny")  # compiled for all targets at the quick count
+EVERYWHERE = ("skinny",)  # compiled for all targets at the quick count
 # Numbers of 4 bits are widened in registers, of which gfx1100 has 256 for its sums too: it spills 10 of them, and with
 # other tiles up to 700.
 MAX_SPILLS: Mapping[str, Mapping[str, int]] = {"int4_small": {"gfx1100": 16}, "int4_large": {"gfx1100": 16}}

@@ -49,7 +49,8 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 @pytest.mark.parametrize("has_correction", [False, True])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_routing(spec: MoeSpec, has_correction: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_routing(spec: MoeSpec, has_correction: bool, device: torch.device) -> None:
+    dtype = torch.float32 if has_correction else torch.bfloat16
     logits = random(4, spec.num_experts, seed=0).to(dtype).to(device)
     # Equal scores may be taken in any order: bfloat16's few values are told apart by the column.
     logits += (torch.arange(spec.num_experts, device=device) * 0.03125).to(dtype)
@@ -71,9 +72,9 @@ def test_routing_of_what_is_no_number_stays_among_the_experts(device: torch.devi
     assert ((experts >= 0) & (experts < 6)).all()
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 11])
+@pytest.mark.parametrize("num_tokens", [0, 1, 9])
 def test_moe(num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-    spec = SPECS[1]
+    spec = MoeSpec(num_experts=5, top_k=2, normalize=True)
     width, inner = 37, 18
     x = random(num_tokens, width + 5, seed=0).to(dtype).to(device)[:, 3:-2]
     logits = random(num_tokens, spec.num_experts, seed=1).to(device)
