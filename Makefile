@@ -15,7 +15,7 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP_INSTALL := $(RUN) pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard platforms/*/pyproject.toml platforms/*/hatch_build.py platforms/*/csrc/*)
 
-# In JOBS processes, then one for the tests that want the machine for themselves. 5: ARGS chose no test of a part.
+# In JOBS processes, then one for the tests that hold processes to a time. 5: ARGS chose no test of a part.
 pytest = @first=0; last=0; \
 	$(RUN) pytest -n $(JOBS) --dist worksteal -m "not alone" $(1) $(ARGS) || first=$$?; \
 	$(RUN) pytest -m alone $(1) $(ARGS) || last=$$?; \

@@ -17,13 +17,14 @@ if not any(found for pattern in ACCELERATORS for found in Path("/dev").glob(patt
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 HERE = Path(__file__).parent
+ALONE = ("test_async_engine.py", "test_end_to_end.py", "test_limits.py", "test_process.py", "test_streaming.py")
 FULL = os.environ.get("FAIRLEAD_TEST_FULL") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The server's tests run alone: they start processes, and wait for them as long as a promise lets them."""
+    """Tests that hold processes to a time run alone (`make test`)."""
     for item in items:
-        if item.path.is_relative_to(HERE / "server"):
+        if item.path.parent == HERE / "server" and item.path.name in ALONE:
             item.add_marker("alone")
 
 

@@ -19,14 +19,11 @@ MISSING = [name for name in (COMPILER, EMULATOR) if shutil.which(name) is None]
 FULL = os.environ.get("FAIRLEAD_TEST_FULL") == "1"
 # The processor that each library is for and that has no more than it needs.
 PROCESSORS = {"neon_bf16": "max", "neon": "cortex-a53", "generic": "cortex-a53"}
-ISAS = tuple(PROCESSORS) if FULL else ("neon_bf16",)
+ISAS = tuple(PROCESSORS)
 TESTS = ("test_cpu_linear.py", "test_cpu_ops.py", "test_cpu_attention.py", "test_cpu_sampling.py")
 CHOSEN = (
     "apply_is_a_product or gate_and_up or activation_and_residual or activations_over or numbers_that_are_none"
     " or provider_equals_reference or rows_do_not_depend or kinds_of_attention or head_ratios or of_the_reference"
-    if FULL
-    else "(apply_is_a_product and bfloat16) or (gate_and_up and gelu_tanh) or (provider_equals_reference and sliced)"
-    " or (kinds_of_attention and (full or latent or blocks or cap)) or (of_the_reference and not 32003)"
 )
 RUN = """
 import sys
@@ -41,6 +38,7 @@ class Recorded:
 raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", "-x", *sys.argv[4:]], plugins=[Recorded()]))
 """
 pytestmark = [
+    pytest.mark.skipif(not FULL, reason="emulates another processor for minutes; make test-full runs it"),
     pytest.mark.skipif(bool(MISSING), reason=f"no {' and no '.join(MISSING)}; CONTRIBUTING.md says how to get them"),
     pytest.mark.skipif(not native.usable(), reason="fairlead-cpu was built without kernels"),
 ]
@@ -75,8 +73,7 @@ def compile_library(isa: str, lib: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.setenv("CXX", COMPILER)
     monkeypatch.delenv("FAIRLEAD_CPU_SKIP_KERNELS", raising=False)
     monkeypatch.setattr(hook, "ISA_FLAGS", {"aarch64": {isa: hook.ISA_FLAGS["aarch64"][isa]}})
-    flags = () if FULL else ("-O1",)
-    (library,) = hook.compile_kernels(CPU / "csrc", lib, "aarch64", extra_flags=("-Wall", "-Wextra", "-Werror", *flags))
+    (library,) = hook.compile_kernels(CPU / "csrc", lib, "aarch64", extra_flags=("-Wall", "-Wextra", "-Werror"))
     assert isinstance(library, Path)
     return library
 
