@@ -1,7 +1,6 @@
 """Clients that leave in the middle of their streams, two hundred at a time, while the engine lives.
 
-`python benchmarks/reliability/drops.py [--rounds 40]` serves the demo. With FAIRLEAD_CPU_RECORD=1 (recorded steps on
-the CPU) its engine has died within 1 to 14 rounds of damage to its heap; without, it has outlived 40.
+`python benchmarks/reliability/drops.py [--rounds 40]` serves the demo.
 """
 
 import argparse

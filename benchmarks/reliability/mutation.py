@@ -16,8 +16,9 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 
@@ -82,48 +83,48 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
             yield ast.Pass()
 
 
-def mutants(path: Path) -> Iterator[tuple[str, ast.Module]]:
-    """Every change of a file, described; assertions, annotations and defaults of records are left alone."""
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change: `variant` in place of what stands at a field of `parent`, a node of `tree`."""
+
+    path: Path
+    tree: ast.Module
+    parent: ast.AST
+    field: str
+    index: int | None
+    variant: ast.AST
+    told: str
+
+    def apply(self) -> None:
+        """Changes the tree, which the mutants of a file share; only a fork may do it."""
+        if self.index is None:
+            setattr(self.parent, self.field, self.variant)
+        else:
+            getattr(self.parent, self.field)[self.index] = self.variant
+        ast.fix_missing_locations(self.tree)
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    """Every change of a file; assertions, messages, annotations and defaults are left alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        for statement in function.body:
-            yield from _within(tree, path, statement)
+        if isinstance(function, ast.FunctionDef):
+            for parent, field, index, node in _places(function, ("body",)):
+                for variant in variants(node):
+                    ast.copy_location(variant, node)
+                    line = getattr(node, "lineno", 0)
+                    told = f"{path.name}:{line}: {ast.unparse(node)!r} -> {ast.unparse(variant)!r}"
+                    yield Mutant(path, tree, parent, field, index, variant, told)
 
 
-def _within(tree: ast.Module, path: Path, top: ast.stmt) -> Iterator[tuple[str, ast.Module]]:
-    todo: list[ast.AST] = [top]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.Assert | ast.FunctionDef | ast.JoinedStr):
-            continue
-        for parent_field, parent, index in _places(tree, node):
-            for variant in variants(node):
-                _put(parent, parent_field, index, ast.copy_location(variant, node))
-                told = f"{path.name}:{getattr(node, 'lineno', 0)}: {ast.unparse(node)!r} -> {ast.unparse(variant)!r}"
-                yield told, ast.fix_missing_locations(copy.deepcopy(tree))
-                _put(parent, parent_field, index, node)
-        todo += ast.iter_child_nodes(node)
-
-
-def _places(tree: ast.Module, wanted: ast.AST) -> Iterator[tuple[str, ast.AST, int | None]]:
-    """Where a node hangs: (field, parent, index within a list)."""
-    for parent in ast.walk(tree):
-        for field, value in ast.iter_fields(parent):
-            if value is wanted:
-                yield field, parent, None
-            elif isinstance(value, list):
-                for index, item in enumerate(value):
-                    if item is wanted:
-                        yield field, parent, index
-
-
-def _put(parent: ast.AST, field: str, index: int | None, node: ast.AST) -> None:
-    if index is None:
-        setattr(parent, field, node)
-    else:
-        getattr(parent, field)[index] = node
+def _places(parent: ast.AST, fields: Sequence[str]) -> Iterator[tuple[ast.AST, str, int | None, ast.AST]]:
+    """(parent, field, index within a list, node) of everything below, functions within functions apart."""
+    for field in fields:
+        value = getattr(parent, field)
+        for index, node in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(node, ast.AST) and not isinstance(node, ast.Assert | ast.FunctionDef | ast.JoinedStr):
+                yield parent, field, index if isinstance(value, list) else None, node
+                yield from _places(node, [f for f in node._fields if f != "annotation"])
 
 
 class Mutated(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
@@ -161,8 +162,8 @@ def run_tests(path: Path, tree: ast.Module) -> None:
         simulate(seed, 10_000)
 
 
-def is_caught(path: Path, tree: ast.Module) -> bool:
-    """Whether the tests fail, or do not end, with this tree in place of the file."""
+def is_caught(path: Path, tree: ast.Module, mutant: Mutant | None = None) -> bool:
+    """Whether the tests fail, or do not end, with this tree, changed, in place of the file."""
     pid = os.fork()
     if pid == 0:
         devnull = os.open(os.devnull, os.O_WRONLY)
@@ -171,6 +172,8 @@ def is_caught(path: Path, tree: ast.Module) -> bool:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(MAX_S)
         try:
+            if mutant is not None:
+                mutant.apply()
             run_tests(path, tree)
         except BaseException:
             os._exit(1)
@@ -189,16 +192,16 @@ def main() -> None:
     untouched = PACKAGE / "scheduler.py"
     if is_caught(untouched, ast.parse(untouched.read_text(encoding="utf-8"))):
         raise SystemExit("the tests fail without any change; run them first")
-    found = [(path, told, tree) for path in sorted(PACKAGE.glob("*.py")) for told, tree in mutants(path)]
+    found = [mutant for path in sorted(PACKAGE.glob("*.py")) for mutant in mutants(path)]
     total = len(found)
     if arguments.most:
         found = random.Random(arguments.seed).sample(found, min(arguments.most, total))
     start, num_caught = time.monotonic(), 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for (_, told, _), caught in zip(found, pool.map(lambda m: is_caught(m[0], m[2]), found), strict=True):
+        for mutant, caught in zip(found, pool.map(lambda m: is_caught(m.path, m.tree, m), found), strict=True):
             num_caught += caught
             if not caught:
-                print(f"survived: {told}", flush=True)
+                print(f"survived: {mutant.told}", flush=True)
     share = num_caught / max(len(found), 1)
     minutes = (time.monotonic() - start) / 60
     print(f"caught {num_caught} of {len(found)} mutants ({share:.1%}) out of {total}, in {minutes:.1f} minutes")

@@ -144,11 +144,8 @@ def test_an_arena_uses_memory_again_once_all_views_are_gone() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3", "phi", "gpt2"])
-def test_an_engine_gives_the_same_tokens_with_recorded_steps(
-    tmp_path: Path, model_type: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_gives_the_same_tokens_with_recorded_steps(tmp_path: Path, model_type: str) -> None:
     """Sequences come and go, so that steps of many sizes are recorded and replayed."""
-    monkeypatch.setenv("FAIRLEAD_CPU_RECORD", "1")
     if model_type == "llama":
         write_tiny_llama(tmp_path, seed=1)
     else:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from fairlead.engine.batch_builder import Padding, build_input
+from fairlead.engine.batch_builder import ModelInput, Padding, build_input
 from fairlead.engine.model_runner import ModelRunner
 from fairlead.engine.planner import Negotiated
 from fairlead.interface import AttentionBackend, AttentionSpec, GraphRunner, KVCache, RotaryAttention
@@ -23,7 +23,7 @@ _NOTHING = ScheduledBatch(chunks=(), block_copies=())
 
 @torch.inference_mode()
 def check_first_step(runner: ModelRunner, *, plugin: str, vocab_size: int) -> None:
-    """Runs one small step with every result of the platform checked.
+    """Runs one small step with every result of the platform checked; not by the graph runner, since its cache goes.
 
     Raises PluginContractError naming plugin, hook, expected and got.
     """
@@ -34,7 +34,8 @@ def check_first_step(runner: ModelRunner, *, plugin: str, vocab_size: int) -> No
         for group, backend in enumerate(runner.backends)
     )
     size = min(runner.padded.buckets, default=1)
-    hidden_TE = _run(runner, size, backends)
+    inputs, step = _padding_step(runner, size, backends)
+    hidden_TE = runner.model(inputs.token_ids_T, inputs.positions_T, step)
     logits = runner.padded.logits(hidden_TE)
     expected = torch.empty((len(hidden_TE), vocab_size), dtype=torch.float32, device="meta")
     check_result(logits, expected, hidden_TE.device, plugin=plugin, hook="the ops and linear methods of the head")
@@ -56,16 +57,19 @@ def reachable_buckets(graph_runner: GraphRunner, settings: Negotiated) -> list[i
 def warm_up(runner: ModelRunner, sizes: Sequence[int]) -> None:
     """Runs these buckets once, the largest first: the memory of its capture then serves all smaller ones."""
     for size in sorted(sizes, reverse=True):
-        runner.padded.logits(_run(runner, size, runner.backends))
+        inputs, step = _padding_step(runner, size, runner.backends)
+        runner.padded.logits(runner.padded.hidden(inputs.token_ids_T, inputs.positions_T, step))
 
 
-def _run(runner: ModelRunner, num_tokens: int, backends: tuple[AttentionBackend, ...]) -> torch.Tensor:
+def _padding_step(
+    runner: ModelRunner, num_tokens: int, backends: tuple[AttentionBackend, ...]
+) -> tuple[ModelInput, Step]:
     padding = Padding(num_tokens=num_tokens, blocks=runner.padding_blocks)
     inputs = build_input(_NOTHING, runner.block_size, runner.device, padding)
     plans = [backend.plan(metadata) for backend, metadata in zip(runner.backends, inputs.attention, strict=True)]
     parts = zip(backends, runner.kv_caches, plans, strict=True)
     groups = tuple(StepGroup(backend=backend, kv_caches=caches, plan=plan) for backend, caches, plan in parts)
-    return runner.padded.hidden(inputs.token_ids_T, inputs.positions_T, Step(groups=groups))
+    return inputs, Step(groups=groups)
 
 
 class _CheckedAttention:

@@ -56,8 +56,10 @@ def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
     return max(large + math.ceil(per_token * (most - steps[1].num_tokens)), logits + hidden_bytes)
 
 
-def _forward(runner: ModelRunner, step: ScheduledBatch) -> torch.Tensor:
-    return runner.forward(runner.prepare(step))
+def _forward(runner: ModelRunner, batch: ScheduledBatch) -> torch.Tensor:
+    """As it comes: a graph of this step would outlive its cache."""
+    prepared = runner.prepare(batch)
+    return runner.model(prepared.inputs.token_ids_T, prepared.inputs.positions_T, prepared.step)
 
 
 def _peak(plan: EnginePlan, work: Callable[[], object]) -> int | None:

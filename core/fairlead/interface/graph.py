@@ -37,8 +37,9 @@ class GraphRunner(Protocol):
         """Returns `forward(token_ids_T, positions_T, step)`, hidden states (T, E), however they come about.
 
         To replay, copy the two int64 inputs to where the capture read them; `step` holds the plans that the
-        platform's attention backends made for this step, which must refill what a capture of this T reads. The result
-        is read before the next call, which may reuse its memory. The plans of the next step may be made before this
-        one has run.
+        platform's attention backends made for this step, which must refill what a capture of this T reads. Its KV
+        caches are the same in all calls: steps on other caches, such as those that measure memory while an engine is
+        built, never come here. The result is read before the next call, which may reuse its memory. The plans of the
+        next step may be made before this one has run.
         """
         ...

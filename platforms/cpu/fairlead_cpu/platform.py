@@ -1,6 +1,5 @@
 """The CPU as a Platform."""
 
-import os
 from collections.abc import Callable, Mapping
 
 import torch
@@ -74,12 +73,8 @@ class CpuPlatform(BasicPlatform):
         return {} if self._kernels is None else linear_methods(self._kernels, self.allocator)
 
     def graph_runner(self) -> GraphRunner:
-        """Every step as it comes; with FAIRLEAD_CPU_RECORD=1 those of few rows are recorded and replayed.
-
-        Off unless asked for: under hundreds of clients that leave in the middle of their streams, the engine's heap was
-        found damaged after minutes of replays (`benchmarks/reliability/drops.py`), and never without them.
-        """
-        if self._kernels is None or os.environ.get("FAIRLEAD_CPU_RECORD") != "1":
+        """Steps of few rows are recorded and replayed, where there are native kernels to record."""
+        if self._kernels is None:
             return super().graph_runner()
         return StepRecorder(self._kernels, lambda: self._host.num_restores)
 

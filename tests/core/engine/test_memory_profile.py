@@ -5,12 +5,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fairlead.config import EngineConfig
 from fairlead.engine import builder, memory_profile
+from fairlead.engine.padded_model import PaddedModel
 from fairlead.engine.planner import Negotiated
+from fairlead.layers.context import Step
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
 from fairlead.testing.tiny_checkpoint import write_tiny_checkpoint
 from fairlead.testing.tiny_model import write_tiny_llama
@@ -76,3 +79,29 @@ def test_a_measured_step_is_no_smaller_than_its_shapes(tmp_path: Path, backend: 
     again = memory_profile.measure_activations(plan, runner)
     assert again is not None
     assert again <= 1.5 * measured
+
+
+def test_the_graph_runner_sees_no_cache_but_the_engines_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of a step on another cache would be replayed into memory that is no longer its own."""
+    seen: list[object] = []
+    hidden, measure = PaddedModel.hidden, memory_profile.measure_activations
+    measured = []
+
+    def spy(self: PaddedModel, token_ids_T: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        seen.extend(cache for group in step.groups for cache in group.kv_caches)
+        return hidden(self, token_ids_T, positions_T, step)
+
+    def noted(*args: Any) -> int | None:
+        measured.append(measure(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(PaddedModel, "hidden", spy)
+    monkeypatch.setattr(builder, "measure_activations", noted)
+    write_tiny_llama(tmp_path)
+    built = builder.build(EngineConfig.of(model=str(tmp_path), max_model_len=100, max_num_batched_tokens=128))
+    assert measured[0] is not None
+    plan, runner = built.plan, built.runner
+    runner.forward(runner.prepare(memory_profile.step_of(plan, [g.num_blocks for g in plan.cache_groups], 32)))
+    own = [cache for caches in runner.kv_caches for cache in caches]
+    assert seen
+    assert all(any(cache is mine for mine in own) for cache in seen)
