@@ -2,28 +2,22 @@
 
 import importlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from fairlead.interface import AttentionBackend, AttentionShape, Capabilities, Defaults, Device, OpProvider
+from fairlead.interface import AttentionBackend, AttentionShape, Device, OpProvider
 from fairlead_triton.attention.tiles import DeviceTraits
-from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention
-from fairlead_triton.device.libraries import Version, installed_version
-from fairlead_triton.device.platform import DevicePlatform
-from fairlead_triton.device.runtime import Runtime, torch_runtime
+from fairlead_triton.device.libraries import Load, Version, installed_version, load_or_reason
+from fairlead_triton.device.platform import DevicePlatform, nccl_group
+from fairlead_triton.device.runtime import Runtime
 from fairlead_triton.device.varlen import VarlenAttention
-from fairlead_triton.linear import linear_methods
-from fairlead_triton.ops import providers
 
 AITER = "aiter"
 _AITER_BLOCK = 128
 _AITER_ARCHS = ("gfx942", "gfx950")  # those that its own kernels are written for
-
-Load = Callable[[str], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +53,8 @@ class Arch:
 class RocmPlatform(DevicePlatform):
     """Triton's kernels and torch's; AITER's where it is installed and has kernels for the device."""
 
-    name = "rocm"
+    name, library = "rocm", "RCCL"
+    make_group = staticmethod(nccl_group)
 
     def __init__(
         self,
@@ -72,42 +67,18 @@ class RocmPlatform(DevicePlatform):
         super().__init__(device, runtime)
         properties = runtime.module.get_device_properties(runtime.index)
         self.arch = Arch.of(properties.gcnArchName, getattr(properties, "warp_size", 64))
-        self.tuning_key = self.arch.name
         # What a work-group shares lies in LDS; tiles are chosen to fit, and wide waves to be filled.
-        self.traits = DeviceTraits(
-            shared_memory_bytes=getattr(properties, "shared_memory_per_block", 64 * 1024),
-            num_processors=getattr(properties, "multi_processor_count", 64),
-            warp_size=self.arch.wave_size,
-            native_fp8=self.arch.matrix_fp8 is torch.float8_e4m3fn,
+        self.use_kernels(
+            self.arch.name,
+            DeviceTraits(
+                shared_memory_bytes=getattr(properties, "shared_memory_per_block", 64 * 1024),
+                num_processors=getattr(properties, "multi_processor_count", 64),
+                warp_size=self.arch.wave_size,
+                native_fp8=self.arch.matrix_fp8 is torch.float8_e4m3fn,
+            ),
         )
-        self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)
-        self.providers = providers(self.tuning_key)
-        self.methods = linear_methods(self.tuning_key, self.device_allocator)
         self._add_aiter(version, load)
-        has_bfloat16 = self.arch.has_bfloat16
-        self.library, self.make_group = "RCCL", rccl_group
-        self.capabilities = Capabilities(
-            dtypes=("bfloat16", "float16", "float32") if has_bfloat16 else ("float16", "float32"),
-            block_sizes=TRITON_BLOCK_SIZES,
-            kv_dtypes=tuple(KV_FORMATS),
-            kv_layouts=("paged", "slots"),
-            quantization=tuple(scheme for scheme in self.methods if scheme != "unquantized"),
-            graphs=runtime.new_graph is not None,
-            batch_invariant=False,  # as on CUDA: torch's matrix products are not
-            max_world_size=runtime.module.device_count(),
-        )
-        self.defaults = Defaults(
-            dtype="bfloat16" if has_bfloat16 else "float16",
-            block_size=16,
-            max_num_batched_tokens=8192,
-            device_memory_utilization=0.9,
-            async_scheduling=True,
-        )
-
-    @classmethod
-    def on(cls, device: Device) -> "RocmPlatform":
-        """The real one: torch numbers devices as the probe does."""
-        return cls(device, torch_runtime("cuda", int(device.name.partition(":")[2])))
+        self.describe(("bfloat16", "float16", "float32") if self.arch.has_bfloat16 else ("float16", "float32"))
 
     def _add_aiter(self, version: Version, load: Load) -> None:
         """Attention and norms of AMD's own library; or why not."""
@@ -119,11 +90,9 @@ class RocmPlatform(DevicePlatform):
             known = ", ".join(_AITER_ARCHS)
             self.unavailable[AITER] = f"{distribution} has kernels for {known}, not for {self.arch.name}"
             return
-        try:
-            library = load(AITER)
-        except Exception as error:  # built for another torch, most often: whatever it raises is the reason
-            why = " ".join(str(error).split())
-            self.unavailable[AITER] = f"{distribution} {version(distribution)} cannot be imported: {why:.200}"
+        library, reason = load_or_reason(load, AITER)
+        if reason:
+            self.unavailable[AITER] = f"{distribution} {version(distribution)} {reason}"
             return
         self.backends[AITER] = partial(self._aiter_attention, library)
         norm = OpProvider(name=AITER, fn=library.rms_norm, priority=5, refuses=_not_16_bits)
@@ -136,9 +105,3 @@ class RocmPlatform(DevicePlatform):
 
 def _not_16_bits(dtype: str) -> str | None:
     return None if dtype in ("bfloat16", "float16") else f"AITER's norm has no {dtype}"
-
-
-def rccl_group(store: Any, rank: int, world_size: int) -> Any:
-    """A process group over RCCL, which torch has under NCCL's name."""
-    dist: Any = torch.distributed
-    return dist.ProcessGroupNCCL(store, rank, world_size, dist.ProcessGroupNCCL.Options())

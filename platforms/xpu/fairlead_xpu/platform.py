@@ -6,27 +6,37 @@ from typing import Any
 
 import torch
 
-from fairlead.interface import Capabilities, Defaults, Device, OpProvider
+from fairlead.interface import Device, OpProvider
 from fairlead_triton.attention.tiles import DeviceTraits
-from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, triton_attention
-from fairlead_triton.device.libraries import TorchBuild, Version, installed_torch, installed_version
+from fairlead_triton.device.libraries import (
+    Load,
+    TorchBuild,
+    Version,
+    installed_torch,
+    installed_version,
+    load_or_reason,
+)
 from fairlead_triton.device.platform import DevicePlatform
-from fairlead_triton.device.runtime import Runtime, torch_runtime
-from fairlead_triton.linear import linear_methods
-from fairlead_triton.ops import providers
+from fairlead_triton.device.runtime import Runtime
 from fairlead_xpu.probe import ipex_reason
 
 IPEX = "ipex"
 _IPEX_MODULE = "intel_extension_for_pytorch.llm.functional"
 _PER_SUBSLICE = 8  # vector engines of an Xe core
 
-Load = Callable[[str], Any]
+
+def xccl_group(store: Any, rank: int, world_size: int) -> Any:
+    """A process group over oneCCL, as torch has it."""
+    dist: Any = torch.distributed
+    return dist.ProcessGroupXCCL(store, rank, world_size, dist.ProcessGroupXCCL.Options())
 
 
 class XpuPlatform(DevicePlatform):
     """Triton's kernels and torch's; those of intel-extension-for-pytorch where it fits the installed torch."""
 
-    name = "xpu"
+    name = torch_type = "xpu"
+    library = "XCCL"
+    make_group = staticmethod(xccl_group)
 
     def __init__(
         self,
@@ -39,49 +49,25 @@ class XpuPlatform(DevicePlatform):
     ) -> None:
         super().__init__(device, runtime)
         properties = runtime.module.get_device_properties(runtime.index)
-        self.tuning_key = "xpu"
-        self.traits = DeviceTraits(
-            shared_memory_bytes=getattr(properties, "local_mem_size", 64 * 1024),
-            num_processors=max(getattr(properties, "gpu_eu_count", 64 * _PER_SUBSLICE) // _PER_SUBSLICE, 1),
+        self.use_kernels(
+            "xpu",
+            DeviceTraits(
+                shared_memory_bytes=getattr(properties, "local_mem_size", 64 * 1024),
+                num_processors=max(getattr(properties, "gpu_eu_count", 64 * _PER_SUBSLICE) // _PER_SUBSLICE, 1),
+            ),
         )
-        self.backends["triton"] = triton_attention(runtime, self.device_allocator, self.traits)
-        self.providers = providers(self.tuning_key)
-        self.methods = linear_methods(self.tuning_key, self.device_allocator)
         self.ipex_reason = self._add_ipex(version, torch_build(), load)
         has_float16 = bool(getattr(properties, "has_fp16", True))
-        self.library, self.make_group = "XCCL", xccl_group
-        self.capabilities = Capabilities(
-            dtypes=("bfloat16", "float16", "float32") if has_float16 else ("bfloat16", "float32"),
-            block_sizes=TRITON_BLOCK_SIZES,
-            kv_dtypes=tuple(KV_FORMATS),
-            kv_layouts=("paged", "slots"),
-            quantization=tuple(scheme for scheme in self.methods if scheme != "unquantized"),
-            graphs=runtime.new_graph is not None,
-            batch_invariant=False,  # as on CUDA: torch's matrix products are not
-            max_world_size=runtime.module.device_count(),
-        )
-        self.defaults = Defaults(
-            dtype="bfloat16",
-            block_size=16,
-            max_num_batched_tokens=8192,
-            device_memory_utilization=0.9,
-            async_scheduling=True,
-        )
-
-    @classmethod
-    def on(cls, device: Device) -> "XpuPlatform":
-        """The real one: torch numbers devices as the probe does."""
-        return cls(device, torch_runtime("xpu", int(device.name.partition(":")[2])))
+        self.describe(("bfloat16", "float16", "float32") if has_float16 else ("bfloat16", "float32"))
 
     def _add_ipex(self, version: Version, build: TorchBuild | None, load: Load) -> str | None:
         """Puts its kernels in, after Triton's; returns why not where they are not."""
         reason = ipex_reason(version, build)
         if reason is not None:
             return reason
-        try:
-            functional = load(_IPEX_MODULE)
-        except Exception as error:  # its import compares versions of its own and raises what it likes
-            return f"it cannot be imported: {' '.join(str(error).split()):.200}"
+        functional, reason = load_or_reason(load, _IPEX_MODULE)
+        if reason:
+            return f"it {reason}"
         self.providers = _with_ipex(self.providers, functional)
         return None
 
@@ -100,9 +86,3 @@ def _with_ipex(providers: Mapping[str, tuple[OpProvider, ...]], functional: Any)
     for op, fn in (("rms_norm", rms_norm), ("silu_and_mul", silu_and_mul)):
         found[op] = (*found.get(op, ()), OpProvider(name=IPEX, fn=fn, priority=5))
     return found
-
-
-def xccl_group(store: Any, rank: int, world_size: int) -> Any:
-    """A process group over oneCCL, as torch has it."""
-    dist: Any = torch.distributed
-    return dist.ProcessGroupXCCL(store, rank, world_size, dist.ProcessGroupXCCL.Options())

@@ -20,7 +20,7 @@ Shapes: M rows of a tile, N keys of a tile, D head size, E head size of the valu
 import triton
 import triton.language as tl
 
-from fairlead_triton.attention.interpreted import bound, device_function, dot, largest_of, sum_of
+from fairlead_triton.interpreted import bound, device_function, dot, largest_of, sum_of
 
 FORMATS = {"auto": 0, "fp8_e4m3": 1, "float8_e4m3fn": 1, "fp8_e5m2": 2, "float8_e5m2": 2}
 """What a stored element is: the model's dtype, or OCP fp8 bits in bytes, by users' names and torch's."""

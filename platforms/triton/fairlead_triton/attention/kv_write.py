@@ -11,7 +11,7 @@ Sources: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), section 3;
 import triton
 import triton.language as tl
 
-from fairlead_triton.attention.interpreted import device_function, largest_of
+from fairlead_triton.interpreted import device_function, largest_of
 
 SLOTS_AT: tl.constexpr = tl.constexpr(8)
 """Where the slot mapping begins in the words of a step, see plan.py."""

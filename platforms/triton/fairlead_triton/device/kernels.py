@@ -1,16 +1,18 @@
-"""The shared kernels as a device takes them: attention, with the formats of its cache."""
+"""The shared attention kernels as a device takes them, with the formats of its cache."""
+
+from collections.abc import Callable
 
 from fairlead.interface import AttentionBackend, AttentionShape
 from fairlead_triton.attention.backend import BLOCK_SIZES, TritonAttention
 from fairlead_triton.attention.tiles import DeviceTraits
 from fairlead_triton.device.allocator import DeviceAllocator
-from fairlead_triton.device.platform import MakeBackend
 from fairlead_triton.device.runtime import Runtime
 
 KV_FORMATS = {"auto": "auto", "float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2"}
 """Names of the kernels' formats by Capabilities.kv_dtypes. They are stored as OCP bits on every device; the kernels
 convert them in software where it has no instruction for them."""
 TRITON_BLOCK_SIZES = BLOCK_SIZES
+MakeBackend = Callable[[AttentionShape], AttentionBackend]
 
 
 def triton_attention(runtime: Runtime, allocator: DeviceAllocator, traits: DeviceTraits) -> MakeBackend:

@@ -1,13 +1,16 @@
-"""Optional libraries, and the torch that is installed: what is there, read from their files. Imports neither."""
+"""Optional libraries, and the torch that is installed: what is there, read from their files without an import."""
 
 import importlib.metadata
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 Version = Callable[[str], str | None]
 """Distribution to its version; None if it is not installed."""
+Load = Callable[[str], Any]
+"""Imports a module by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,14 @@ def numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version: (535, 104) of "535.104-rc1"."""
     found = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(int(part) for part in found.group().split(".")) if found else ()
+
+
+def load_or_reason(load: Load, module: str) -> tuple[Any, str]:
+    """The module and "", or None and why it cannot be imported."""
+    try:
+        return load(module), ""
+    except Exception as error:  # built for another torch, most often: whatever it raises is the reason
+        return None, f"cannot be imported: {' '.join(str(error).split()):.200}"
 
 
 def told(version: Version, distributions: tuple[str, ...]) -> str:

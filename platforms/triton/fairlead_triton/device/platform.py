@@ -1,6 +1,7 @@
 """The Platform that CUDA, ROCm and XPU have in common; each adds what its devices can do."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import torch
 
@@ -8,7 +9,9 @@ from fairlead.errors import ConfigError
 from fairlead.interface import (
     AttentionBackend,
     AttentionShape,
+    Capabilities,
     Communicator,
+    Defaults,
     Device,
     GraphRunner,
     LinearMethod,
@@ -19,21 +22,29 @@ from fairlead.interface import (
 )
 from fairlead.ops.attention import ReferenceAttention
 from fairlead.ops.platform import BasicPlatform, SingleRank
+from fairlead_triton.attention.tiles import DeviceTraits
 from fairlead_triton.device import collectives, memory
 from fairlead_triton.device.allocator import DeviceAllocator
 from fairlead_triton.device.graph import GraphCapturer
-from fairlead_triton.device.runtime import Runtime
+from fairlead_triton.device.kernels import KV_FORMATS, TRITON_BLOCK_SIZES, MakeBackend, triton_attention
+from fairlead_triton.device.runtime import Runtime, torch_runtime
 from fairlead_triton.device.streams import DeviceStream
-
-MakeBackend = Callable[[AttentionShape], AttentionBackend]
+from fairlead_triton.linear import linear_methods
+from fairlead_triton.ops import providers
 
 
 class DevicePlatform(BasicPlatform):
     """Memory, streams, graphs and collectives of one device, and the parts that a subclass puts in.
 
     `backends` make attention by name, the preferred one first; `unavailable` says of others why they are not there.
-    `make_group` makes a process group of `library`, and `graph_buckets` are none where steps are not captured.
+    `make_group` makes a process group of `library`; `torch_type` is what torch calls such devices.
     """
+
+    torch_type = "cuda"
+    library = ""
+    make_group: collectives.MakeGroup | None = None
+    traits: DeviceTraits
+    tuning_key: str
 
     def __init__(self, device: Device, runtime: Runtime) -> None:
         super().__init__(device)
@@ -45,9 +56,40 @@ class DevicePlatform(BasicPlatform):
         self.unavailable: dict[str, str] = {}
         self.providers: Mapping[str, tuple[OpProvider, ...]] = {}
         self.methods: Mapping[str, tuple[LinearMethod, ...]] = {}
-        self.library = ""
-        self.make_group: collectives.MakeGroup | None = None
         runtime.make_current()
+
+    @classmethod
+    def on(cls, device: Device) -> Self:
+        """The real one: torch numbers devices as the probe does."""
+        return cls(device, torch_runtime(cls.torch_type, int(device.name.partition(":")[2])))
+
+    def use_kernels(self, tuning_key: str, traits: DeviceTraits) -> None:
+        """Puts the shared kernels in, tuned for a device."""
+        self.tuning_key, self.traits = tuning_key, traits
+        self.backends["triton"] = triton_attention(self.runtime, self.device_allocator, traits)
+        self.providers = providers(tuning_key)
+        self.methods = linear_methods(tuning_key, self.device_allocator)
+
+    def describe(self, dtypes: tuple[str, ...], block_sizes: tuple[int, ...] = TRITON_BLOCK_SIZES) -> None:
+        """Says what the platform can do; the first dtype is the default."""
+        self.capabilities = Capabilities(
+            dtypes=dtypes,
+            block_sizes=block_sizes,
+            kv_dtypes=tuple(KV_FORMATS),
+            kv_layouts=("paged", "slots"),
+            quantization=tuple(scheme for scheme in self.methods if scheme != "unquantized"),
+            graphs=self.runtime.new_graph is not None,
+            # The kernels are, but torch's matrix products choose theirs by the number of rows.
+            batch_invariant=False,
+            max_world_size=self.runtime.module.device_count(),
+        )
+        self.defaults = Defaults(
+            dtype=dtypes[0],
+            block_size=16,
+            max_num_batched_tokens=8192,
+            device_memory_utilization=0.9,
+            async_scheduling=True,
+        )
 
     def attention_backends(self) -> tuple[str, ...]:
         """Those that were put in; the oracle comes last."""
@@ -114,3 +156,9 @@ class DevicePlatform(BasicPlatform):
         """The host's generators, and those of all devices of this kind."""
         torch.manual_seed(seed)
         self.runtime.module.manual_seed_all(seed)
+
+
+def nccl_group(store: Any, rank: int, world_size: int) -> Any:
+    """A process group over NCCL, or over RCCL, which torch has under the same name."""
+    dist: Any = torch.distributed
+    return dist.ProcessGroupNCCL(store, rank, world_size, dist.ProcessGroupNCCL.Options())

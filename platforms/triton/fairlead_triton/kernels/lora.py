@@ -7,7 +7,7 @@ other adapters are zeros in its products. So a row's sum does not depend on what
 import triton
 import triton.language as tl
 
-from fairlead_triton.kernels.interpreted import bound, dot
+from fairlead_triton.interpreted import bound, dot
 
 NO_MORE = tl.constexpr(0x7FFFFFFF)
 

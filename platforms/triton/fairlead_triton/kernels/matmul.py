@@ -8,7 +8,7 @@ large.
 import triton
 import triton.language as tl
 
-from fairlead_triton.kernels.interpreted import bound, dot
+from fairlead_triton.interpreted import bound, dot
 
 
 @triton.jit

@@ -7,7 +7,7 @@ tiles of BLOCK_M with the row N, which is none. All sizes that depend on the cho
 import triton
 import triton.language as tl
 
-from fairlead_triton.kernels.interpreted import bound, dot
+from fairlead_triton.interpreted import bound, dot
 
 
 @triton.jit

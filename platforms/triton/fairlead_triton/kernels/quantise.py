@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fairlead_triton.kernels.interpreted import bound
+from fairlead_triton.interpreted import bound
 from fairlead_triton.kernels.rounding import largest, to_8_bits
 
 

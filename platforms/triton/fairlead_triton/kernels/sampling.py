@@ -7,7 +7,7 @@ searched for among integers: -1 stands for places beyond the row.
 import triton
 import triton.language as tl
 
-from fairlead_triton.kernels.interpreted import bound
+from fairlead_triton.interpreted import bound
 
 NO_BITS = tl.constexpr(-1)
 MOST_BITS = tl.constexpr(0x7FFFFFFF)

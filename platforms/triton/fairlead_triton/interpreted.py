@@ -20,8 +20,10 @@ if triton.knobs.runtime.interpret:
         return int(x.handle.data.item()) if isinstance(x, tl.tensor) else int(x)
 
     def dot(a: Any, b: Any, acc: Any) -> Any:
-        """acc + a b; here the bits of bfloat16 would be multiplied as integers."""
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+        """acc + a b; here the bits of bfloat16 would be multiplied as integers, so what is no integer is widened."""
+        if a.dtype.is_floating():
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        return tl.dot(a, b, acc)
 
     def largest_of(x: Any, axis: int) -> Any:
         """The maximum along an axis."""
