@@ -9,8 +9,20 @@ from fairlead.request import BlockTable
 from fairlead.scheduling.batch import CopyKind, ScheduledBatch
 from fairlead.scheduling.block_manager import BlockManager, CachedPrefix
 from fairlead.scheduling.host_tier import SwapCosts
+from fairlead.scheduling.prefix_cache import PrefixCache
 
 Tables = list[dict[int, int]]  # of one sequence: per group, the block of each block number
+
+
+class CountedCache(PrefixCache):
+    """A prefix cache that counts its evictions: a block may be published and evicted within one step."""
+
+    num_evicted = 0
+
+    def evict(self) -> tuple[int, bytes]:
+        """Counts, and evicts."""
+        self.num_evicted += 1
+        return super().evict()
 
 
 def first_read(sliding_window: int | None, position: int) -> int:

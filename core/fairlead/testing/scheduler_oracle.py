@@ -16,7 +16,7 @@ from fairlead.scheduling.host_tier import SwapCosts
 from fairlead.scheduling.policy import Priority
 from fairlead.scheduling.prefix_cache import block_hash, private_root_hash, root_hash
 from fairlead.scheduling.scheduler import NAN_ERROR, Scheduler
-from fairlead.testing.cache_oracle import Tables, check_swaps, expected_prefix, first_read, most_blocks
+from fairlead.testing.cache_oracle import CountedCache, Tables, check_swaps, expected_prefix, first_read, most_blocks
 
 EOS, STOP_TOKEN = 23, 22
 POISON = -1  # in a slot: NaN
@@ -134,6 +134,9 @@ class Oracle:
             enable_prefix_caching=setup.caching,
             swap_costs=setup.swap_costs,
         )
+        self._caches = [CountedCache() for _ in self.groups]
+        for pool, cache in zip(self.blocks.pools, self._caches, strict=True):
+            pool.cache = cache
         self.is_hashing = setup.caching or setup.swap_costs is not None
         self.blocks.oracle = self
         self.scheduler = Scheduler(
@@ -462,6 +465,13 @@ class Oracle:
                 block = pool.cache.get(its_hash)
                 assert block is None or kv[block][-1] != POISON
                 assert its_hash not in tier
+
+    def take_evicted(self) -> list[int]:
+        """By group, the evictions since the last call."""
+        counts = [cache.num_evicted for cache in self._caches]
+        for cache in self._caches:
+            cache.num_evicted = 0
+        return counts
 
     def cached_blocks(self) -> list[dict[int, bytes]]:
         return [dict(pool.cache.hashes) for pool in self.blocks.pools]

@@ -221,7 +221,7 @@ class Simulation(Oracle):
         batch = self.scheduler.schedule()
         self.check_batch(batch, before)
         self.check_writes(batch, before, cached_before)
-        num_evicted = [len(b.items() - a.items()) for b, a in zip(cached_before, self.cached_blocks(), strict=True)]
+        num_evicted = self.take_evicted()
         if self.is_hashing:
             self.check_published(batch, before, [n == 0 for n in num_evicted])
         self.note(batch)
