@@ -259,6 +259,18 @@ def test_nan_ends_one_sequence_with_an_error_and_its_blocks_are_not_trusted() ->
     assert engine.tokens["again", 0] == [100]
 
 
+def test_an_error_of_a_sequences_own_leaves_its_blocks_to_others() -> None:
+    """A logits processor that raised says nothing about the keys and values."""
+    engine = Engine()
+    engine.add("bad", 10)
+    batch = engine.scheduler.schedule()
+    (delta,) = engine.scheduler.update(batch, [SampledToken(token_id=None, error="the processor raised")])
+    assert (delta.finish_reason, delta.error) == (FinishReason.ERROR, "the processor raised")
+    assert engine.scheduler.stats().num_nan_sequences == 0
+    engine.add("again", 10, max_tokens=1)
+    assert starts(engine.step()) == [(8, 2)]
+
+
 def test_nan_in_the_first_of_several_leaves_the_others() -> None:
     engine = Engine()
     engine.add("a", 5, n=3, max_tokens=2)
@@ -364,6 +376,27 @@ def test_gauges_follow_the_queues() -> None:
     assert (stats.num_requests_running, stats.num_requests_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert (stats.num_prompt_tokens, stats.num_generation_tokens, stats.num_preemptions) == (11, 5, 0)
     assert stats.num_steps == 3
+    # a's prompt; a's second token beside the last of the prompt, from which its sibling starts; the sibling's, b's prompt
+    assert stats.num_scheduled_tokens == 10 + 2 + 2
+
+
+def test_a_request_starts_once_and_its_prompt_is_counted_once() -> None:
+    engine = Engine(num_blocks=6, max_model_len=20, caching=False)
+    engine.add("a", 8, max_tokens=6)
+    engine.add("b", 8, max_tokens=6)
+    engine.step()
+    assert engine.scheduler.take_started() == ["a", "b"]
+    assert engine.scheduler.take_started() == []
+    engine.step()
+    engine.step()
+    engine.add("late", [1], max_tokens=1)
+    started: list[str] = []
+    while engine.scheduler.has_work:
+        engine.step()
+        started += engine.scheduler.take_started()
+    assert engine.stats.num_preemptions
+    assert started == ["late"], "one that comes back after a preemption has started before"
+    assert engine.stats.num_prefix_queries == 17
 
 
 def test_the_pool_must_hold_the_longest_sequence() -> None:
