@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time for devices that are not here, and says what they take of them.
 
-As a module: `compile_cases` (in one child process, since this one may run kernels in Triton's interpreter, whose
-functions cannot be compiled) and `pairs`. As a program: reads cases from standard input, writes results to its output.
+As a module: `compile_cases`, in one child process, since this one may run kernels in Triton's interpreter, whose
+functions cannot be compiled. As a program: reads cases from standard input, writes results to its output.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,6 @@ KIB = 1024
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx90a", "gfx942", "gfx950", "gfx1100")
 TARGETS = NVIDIA + AMD
-QUICK_TARGETS = ("sm_90", "gfx942")
 
 SHARED_BYTES = {
     "sm_80": 163 * KIB,
@@ -81,15 +80,6 @@ class Compiled:
         assert self.shared_bytes <= SHARED_BYTES[self.target], (self, SHARED_BYTES[self.target])
         assert self.spills <= case.max_spills.get(self.target, 0), self
         assert self.registers > 0, self  # so the log was read, and its spills are not 0 for want of it
-
-
-def pairs(cases: Sequence[Case], *, full: bool, everywhere: Iterable[str] = ()) -> list[tuple[str, Case]]:
-    """(target, case) to compile: all × all at the full count, else QUICK_TARGETS for each case, and all targets for
-    those that are named in `everywhere`."""
-    named = set(everywhere)
-    unknown = named - {case.name for case in cases}
-    assert not unknown, f"no case is called {sorted(unknown)}"
-    return [(target, case) for case in cases for target in (TARGETS if full or case.name in named else QUICK_TARGETS)]
 
 
 def compile_cases(wanted: Sequence[tuple[str, Case]]) -> dict[tuple[str, str], Compiled]:

@@ -1,7 +1,7 @@
 """The harness itself: what it reports is what the compilers said."""
 
 import pytest
-from aot import SHARED_BYTES, TARGETS, Case, Compiled, compile_cases, pairs
+from aot import SHARED_BYTES, TARGETS, Case, Compiled, compile_cases
 
 KERNEL = "aot_sample:sum_kernel"
 
@@ -40,13 +40,3 @@ def test_too_much_shared_memory_fails() -> None:
     fits.check(case)
     with pytest.raises(AssertionError):
         Compiled(target="gfx942", name=case.name, shared_bytes=SHARED_BYTES["gfx942"] + 1, registers=1).check(case)
-
-
-def test_the_quick_count_has_both_vendors_and_the_full_one_everything() -> None:
-    cases = [sample(512, "a"), sample(512, "b")]
-    quick = pairs(cases, full=False, everywhere=[cases[0].name])
-    assert [t for t, case in quick if case is cases[0]] == list(TARGETS)
-    assert [t for t, case in quick if case is cases[1]] == ["sm_90", "gfx942"]
-    assert len(pairs(cases, full=True)) == 2 * len(TARGETS)
-    with pytest.raises(AssertionError):
-        pairs(cases, full=False, everywhere=["c"])

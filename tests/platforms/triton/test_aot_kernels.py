@@ -5,12 +5,14 @@ of the tuning table. Nothing is computed; tensors are of the device "meta".
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from aot import QUICK_TARGETS, TARGETS, Case, Compiled, compile_cases
+from aot import TARGETS, Case, compile_cases
+from aot_record import recorded
 
 from fairlead.interface import MoeSpec
 from fairlead_triton.elementwise import Elementwise
@@ -38,7 +40,6 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e4m3fnuz: "fp8e4b8",
 }
-EVERYWHERE = ("skinny",)  # compiled for all targets at the quick count
 # Numbers of 4 bits are widened in registers, of which gfx1100 has 256 for its sums too: it spills 10 of them, and with
 # other tiles up to 700.
 MAX_SPILLS: Mapping[str, Mapping[str, int]] = {"int4_small": {"gfx1100": 16}, "int4_large": {"gfx1100": 16}}
@@ -183,12 +184,12 @@ def _fields(case: Case) -> dict[str, Any]:
     return {name: getattr(case, name) for name in Case.__dataclass_fields__}
 
 
-def unique(target: str, *, only: tuple[str, ...] | None = None) -> list[Case]:
+def unique(target: str) -> list[Case]:
     """Different cases of a target, those of one name (the two products of an expert) told apart."""
     found: dict[str, Case] = {}
     for label, case in cases_of(target):
         is_new = all({**_fields(case), "label": ""} != {**_fields(other), "label": ""} for other in found.values())
-        if is_new and (only is None or label in only):
+        if is_new:
             number = sum(
                 other.kernel == case.kernel and other.label.startswith(label + "#") for other in found.values()
             )
@@ -197,43 +198,27 @@ def unique(target: str, *, only: tuple[str, ...] | None = None) -> list[Case]:
     return list(found.values())
 
 
-def one_of_each(target: str) -> list[Case]:
-    """The first case of each kernel, and the products of fp8 beside those of int8."""
-    cases = {
-        case.kernel + case.label[:3] * case.kernel.endswith("eight_bit_kernel"): case
-        for case in reversed(unique(target))
-    }
-    return list(cases.values())
-
-
-@pytest.fixture(scope="session")
-def compiled(full: bool) -> dict[tuple[str, str], tuple[Case, Compiled]]:
-    """All × all at the full count; else each kernel for one target of each vendor, and a few for all."""
-    wanted = []
-    for target in TARGETS:
-        if full:
-            cases = unique(target)
-        elif target in QUICK_TARGETS:
-            cases = one_of_each(target)
-        else:
-            cases = unique(target, only=EVERYWHERE)
-        wanted += [(target, case) for case in cases]
-    results = compile_cases(wanted)
-    return {(target, case.name): (case, results[target, case.name]) for target, case in wanted}
-
-
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile(target: str, compiled: dict[tuple[str, str], tuple[Case, Compiled]]) -> None:
+def test_kernels_compile(target: str) -> None:
     faults = []
-    mine = [entry for (name, _), entry in compiled.items() if name == target]
-    assert len(mine) >= len(EVERYWHERE)
-    for case, result in mine:
+    for case in unique(target):
         try:
-            result.check(case)
+            recorded(target, case).check(case)
         except AssertionError as error:
             faults.append(str(error))
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.timeout(3600)
+def test_the_compilers_say_what_is_recorded(full: bool) -> None:
+    """All × all at the full count; else another case for each target."""
+    wanted: list[tuple[str, Case]] = []
+    for i, target in enumerate(TARGETS):
+        cases = unique(target)
+        wanted += [(target, case) for case in (cases if full else [cases[i * len(cases) // len(TARGETS)]])]
+    found = compile_cases(wanted)
+    for target, case in wanted:
+        assert replace(found[target, case.name], seconds=0.0) == recorded(target, case)
 
 
 def test_every_kernel_is_launched() -> None:
