@@ -143,16 +143,21 @@ def test_an_arena_uses_memory_again_once_all_views_are_gone() -> None:
     assert arena.empty((0, 3), torch.float32).shape == (0, 3)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3", "phi", "gpt2"])
-def test_an_engine_gives_the_same_tokens_with_recorded_steps(tmp_path: Path, model_type: str) -> None:
+RECORDED = ("llama", "llama int8", "llama int4")
+
+
+@pytest.mark.parametrize("model", [*RECORDED, "gemma3_text", "qwen3", "phi", "gpt2"])
+def test_an_engine_gives_the_same_tokens_with_recorded_steps(tmp_path: Path, model: str) -> None:
     """Sequences come and go, so that steps of many sizes are recorded and replayed."""
+    model_type, _, quantization = model.partition(" ")
     if model_type == "llama":
         write_tiny_llama(tmp_path, seed=1)
     else:
         write_tiny_checkpoint(tmp_path, model_type)
     found = []
     for is_recorded in (True, False):
-        engine = EngineCore(EngineConfig.of(model=str(tmp_path), num_blocks=200, dtype="bfloat16"))
+        settings = {"model": str(tmp_path), "num_blocks": 200, "dtype": "bfloat16"}
+        engine = EngineCore(EngineConfig.of(**settings, quantization=quantization or None))
         graph_runner = engine._runner.padded.graph_runner
         assert isinstance(graph_runner, StepRecorder)
         if not is_recorded:
@@ -166,7 +171,7 @@ def test_an_engine_gives_the_same_tokens_with_recorded_steps(tmp_path: Path, mod
             for delta in engine.step():
                 tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
         found.append(tokens)
-        if is_recorded and model_type == "llama":
+        if is_recorded and model in RECORDED:
             assert not graph_runner.foreign
             assert any(graph_runner._recordings.values())
         engine.close()

@@ -107,6 +107,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
     chosen = context.linear.chosen
     if chosen:
         op_providers["linear"] = ", ".join(dict.fromkeys(chain.from_iterable(chosen.values())))
+    op_providers |= {op: ", ".join(names) for op, names in context.linear.fused.items() if op in op_providers}
     groups = number_layers(model)
     reasons += head_size_reasons(platform, groups)
     if config.model.quantization is not None and config.model.quantization not in chosen:

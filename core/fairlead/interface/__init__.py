@@ -17,7 +17,14 @@ from fairlead.interface.attention import (
 )
 from fairlead.interface.collectives import Communicator
 from fairlead.interface.graph import GraphRunner
-from fairlead.interface.linear import UNQUANTIZED, LinearMethod, LinearShape
+from fairlead.interface.linear import (
+    ACTIVATIONS,
+    GATED_ACTIVATIONS,
+    UNQUANTIZED,
+    FusedLinearMethod,
+    LinearMethod,
+    LinearShape,
+)
 from fairlead.interface.memory import TAGS, MemoryAllocator, MemoryInfo, MemoryProfile
 from fairlead.interface.moe import MoeSpec
 from fairlead.interface.platform import Platform
@@ -29,6 +36,8 @@ from fairlead.interface.streams import Event, Stream
 hookimpl = pluggy.HookimplMarker("fairlead")
 
 __all__ = [
+    "ACTIVATIONS",
+    "GATED_ACTIVATIONS",
     "PLATFORM_API",
     "TAGS",
     "UNQUANTIZED",
@@ -41,6 +50,7 @@ __all__ = [
     "Defaults",
     "Device",
     "Event",
+    "FusedLinearMethod",
     "GraphRunner",
     "HostCache",
     "KVCache",

@@ -1,19 +1,19 @@
 """What most decoders since Llama are made of: their self-attention, and ways to place norms and residuals around it.
 
 Every layer takes and returns the pair (x, residual) whose sum is the residual stream, so that an add and the norm
-behind it can be one op; the first layer's residual is None.
+behind it can be one op; the residual is None in the first layer, and where a projection has added it already.
 Shapes: T packed tokens, H query heads, K kv-heads, D head size, E model width.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import torch
 
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.embedding import Embedding
-from fairlead.layers.linear import Linear, MergedLinear
+from fairlead.layers.linear import Linear, MergedLinear, total
 from fairlead.layers.norm import Norm
 from fairlead.layers.rotary import Rotary
 from fairlead.layers.self_attention import SelfAttention
@@ -53,27 +53,53 @@ def grouped_attention(shape: ModelShape, options: AttentionOptions, ctx: BuildCo
     )
 
 
+class Mixer(Protocol):
+    """Attention of a layer, whose projection may add the residual stream."""
+
+    def __call__(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        """What the layer adds to the stream."""
+        ...
+
+    def add(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor, positions_T: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Two tensors whose sum is that plus the residual; see `Linear.add`."""
+        ...
+
+
+class Mlp(Protocol):
+    """Feed-forward of a layer, whose projection may add the residual stream."""
+
+    def __call__(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """What the layer adds to the stream."""
+        ...
+
+    def add(self, x_TE: torch.Tensor, residual_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Two tensors whose sum is that plus the residual; see `Linear.add`."""
+        ...
+
+
 class PreNormLayer(torch.nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norms: tuple[Norm, Norm]) -> None:
+    def __init__(self, attention: Mixer, mlp: Mlp, norms: tuple[Norm, Norm]) -> None:
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
         self.input_layernorm, self.post_attention_layernorm = norms
 
     def forward(
         self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, positions_T: torch.Tensor, step: Step
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed_TE, residual_TE = _add_norm(self.input_layernorm, x_TE, residual_TE)
-        attended_TE = self.self_attn(normed_TE, positions_T, step)
-        normed_TE, residual_TE = self.post_attention_layernorm.add(attended_TE, residual_TE)
-        return self.mlp(normed_TE), residual_TE
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed_TE, stream_TE = _add_norm(self.input_layernorm, x_TE, residual_TE)
+        attended_TE, residual_TE = self.self_attn.add(normed_TE, stream_TE, positions_T, step)
+        normed_TE, stream_TE = _add_norm(self.post_attention_layernorm, attended_TE, residual_TE)
+        return self.mlp.add(normed_TE, stream_TE)
 
 
 class ParallelLayer(torch.nn.Module):
     """x + attention(norm(x)) + mlp(norm(x)). Source: Wang and Komatsuzaki, GPT-J (2021)."""
 
-    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norm: Norm) -> None:
+    def __init__(self, attention: Mixer, mlp: Mlp, norm: Norm) -> None:
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
         self.input_layernorm = norm
@@ -82,13 +108,13 @@ class ParallelLayer(torch.nn.Module):
         self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, positions_T: torch.Tensor, step: Step
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed_TE, residual_TE = _add_norm(self.input_layernorm, x_TE, residual_TE)
-        return self.self_attn(normed_TE, positions_T, step) + self.mlp(normed_TE), residual_TE
+        return total(*self.mlp.add(normed_TE, self.self_attn(normed_TE, positions_T, step))), residual_TE
 
 
 class SandwichLayer(torch.nn.Module):
     """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))). Source: Gemma 2 (2024), section 2."""
 
-    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norms: tuple[Norm, Norm, Norm, Norm]) -> None:
+    def __init__(self, attention: Mixer, mlp: Mlp, norms: tuple[Norm, Norm, Norm, Norm]) -> None:
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
         self.input_layernorm, self.post_attention_layernorm = norms[:2]
@@ -106,7 +132,7 @@ class SandwichLayer(torch.nn.Module):
 class PostNormLayer(torch.nn.Module):
     """x + norm(attention(x)), then x + norm(mlp(x)). Source: OLMo 2 (2024), section 3.2."""
 
-    def __init__(self, attention: torch.nn.Module, mlp: torch.nn.Module, norms: tuple[Norm, Norm]) -> None:
+    def __init__(self, attention: Mixer, mlp: Mlp, norms: tuple[Norm, Norm]) -> None:
         super().__init__()
         self.self_attn, self.mlp = attention, mlp
         self.post_attention_layernorm, self.post_feedforward_layernorm = norms
@@ -138,8 +164,7 @@ class Decoder(torch.nn.Module):
         residual_TE: torch.Tensor | None = None
         for layer in self.layers:
             x_TE, residual_TE = layer(x_TE, residual_TE, positions_T, step)
-        assert residual_TE is not None
-        return self.norm.add(x_TE, residual_TE)[0]
+        return _add_norm(self.norm, x_TE, residual_TE)[0]
 
 
 class HeadedModel(torch.nn.Module):

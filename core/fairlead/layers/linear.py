@@ -29,6 +29,8 @@ class Linear(torch.nn.Module):
         self.shape = ctx.linear_shape(in_features, out_features, is_shared=tied_to is not None)
         self.method = ctx.linear_method(self.shape, is_quantized=is_quantized)
         self._table, self._apply_method = ctx.linear, ctx.linear.apply_of(self.method, self.shape)
+        self._activation: str | None = None
+        self._adds = False
         self._packed: object = None
         self.weight: torch.nn.Parameter | None = ctx.weight(out_features, in_features) if tied_to is None else tied_to
         self.bias = ctx.weight(out_features) if bias else None
@@ -36,11 +38,33 @@ class Linear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._apply_method(x, self._packed, self.bias)
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Two tensors whose sum is this layer's result plus the residual; None is left where the method has added it.
+
+        A residual that is left may be added in the pass of a norm, so what cannot be fused here is not lost there.
+        """
+        if not self._adds:
+            return self(x), residual
+        return self._apply_method(x, self._packed, self.bias, residual), None
+
+    def give_activation(self, activation: str) -> bool:
+        """Leaves what follows to the layer's method, if it can do it; whether it does. Before the weight is packed."""
+        if not self._table.fuses(self.method, self.shape, activation):
+            return False
+        self._activation = activation
+        self._apply_method = self._table.apply_of(self.method, self.shape, activation)
+        return True
+
+    def give_residual(self) -> None:
+        """Leaves the sum in `add` to the layer's method, if it can do it."""
+        self._adds = self._table.fuses(self.method, self.shape, None)
+        self._apply_method = self._table.apply_of(self.method, self.shape, self._activation, adds=self._adds)
+
     def pack_weights(self) -> None:
         """Hands the loaded weight over to the method."""
         assert self.weight is not None
         weight = self._as_rows(self.weight.data)
-        self._packed = self._table.pack(self.method, weight)
+        self._packed = self._table.pack(self.method, weight, self._activation)
         if self._packed is not weight:
             self.weight = None
 
@@ -55,6 +79,11 @@ class Linear(torch.nn.Module):
     def _as_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """The stored weight as (out, in)."""
         return weight
+
+
+def total(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """What `Linear.add` left undone."""
+    return x if residual is None else residual + x
 
 
 class PlainWeight(torch.nn.Module):

@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from fairlead.interface import UNQUANTIZED, MoeSpec
 from fairlead.layers.context import BuildContext
+from fairlead.layers.feed_forward import FeedForward
+from fairlead.layers.linear import total
 from fairlead.ops import reference
 from fairlead.ops.linear import PlainLinear
 
@@ -114,14 +116,18 @@ class MoE(torch.nn.Module):
         super().__init__()
         self.gate = router or Router(E, spec.num_experts, ctx)
         self.experts = Experts(E, F, spec, ctx, names=names)
-        self.shared: torch.nn.Module | None = None
+        self.shared: FeedForward | None = None
         self.shared_gate: torch.nn.Module | None = None
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         out_TE: torch.Tensor = self.experts(x_TE, self.gate(x_TE), self.gate.e_score_correction_bias)
         if self.shared is None:
             return out_TE
-        shared_TE: torch.Tensor = self.shared(x_TE)
-        if self.shared_gate is not None:
-            shared_TE = shared_TE * self.shared_gate(x_TE).sigmoid()
+        if self.shared_gate is None:
+            return total(*self.shared.add(x_TE, out_TE))
+        shared_TE: torch.Tensor = self.shared(x_TE) * self.shared_gate(x_TE).sigmoid()
         return out_TE + shared_TE
+
+    def add(self, x_TE: torch.Tensor, residual_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The result and the residual: experts are weighed before they are added."""
+        return self(x_TE), residual_TE

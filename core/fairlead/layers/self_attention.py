@@ -59,6 +59,7 @@ class SelfAttention(torch.nn.Module):
         super().__init__()
         self._shape, self._layout, self._clip = shape, layout, clip
         self._projections = qkv[1], out[1]
+        out[1].give_residual()
         self.add_module(*qkv)
         self.add_module(*out)
         self.q_norm: Norm | None = None
@@ -78,8 +79,18 @@ class SelfAttention(torch.nn.Module):
         )
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        project, out = self._projections
-        qkv = project(x_TE)
+        out_TE: torch.Tensor = self._projections[1](self._attend(x_TE, positions_T, step))
+        return out_TE
+
+    def add(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor, positions_T: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Two tensors whose sum is the result plus the residual; see `Linear.add`."""
+        return self._projections[1].add(self._attend(x_TE, positions_T, step), residual_TE)
+
+    def _attend(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        """What the heads give, side by side."""
+        qkv = self._projections[0](x_TE)
         if self._clip is not None:
             qkv = qkv.clamp(-self._clip, self._clip)
         q_THD, k_TKD, v_TKD = self._layout(qkv, self._shape)
@@ -92,8 +103,7 @@ class SelfAttention(torch.nn.Module):
             if self.rotary is not None:
                 q_THD, k_TKD = self.rotary(q_THD, k_TKD, positions_T)
             out_THD = self.attention(q_THD.contiguous(), k_TKD, v_TKD, step)
-        out_TE: torch.Tensor = out(out_THD.flatten(1))
-        return out_TE
+        return out_THD.flatten(1)
 
     def give_rotary(self, backend: AttentionBackend) -> bool:
         """Leaves the rotation of q and k to the layer's backend, if it can; whether it does. For the builder."""

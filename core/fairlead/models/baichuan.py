@@ -14,7 +14,7 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import gated_mlp
-from fairlead.layers.linear import Linear
+from fairlead.layers.linear import Linear, total
 from fairlead.layers.norm import RMSNorm
 from fairlead.layers.rotary import Rotary, rope_params
 from fairlead.layers.self_attention import SelfAttention
@@ -41,9 +41,8 @@ class BaichuanLayer(torch.nn.Module):
         self.mlp = gated_mlp(E, F, "silu", ctx)
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        x_TE = x_TE + self.self_attn(self.input_layernorm(x_TE), positions_T, step)
-        out_TE: torch.Tensor = x_TE + self.mlp(self.post_attention_layernorm(x_TE))
-        return out_TE
+        x_TE = total(*self.self_attn.add(self.input_layernorm(x_TE), x_TE, positions_T, step))
+        return total(*self.mlp.add(self.post_attention_layernorm(x_TE), x_TE))
 
 
 class BaichuanModel(torch.nn.Module):

@@ -12,8 +12,8 @@ import torch
 
 from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.embedding import Embedding, OutputHead
-from fairlead.layers.feed_forward import FeedForward
-from fairlead.layers.linear import Linear
+from fairlead.layers.feed_forward import FeedForward, gate
+from fairlead.layers.linear import Linear, total
 from fairlead.layers.norm import LayerNorm, RMSNorm
 from fairlead.layers.rotary import Rotary
 from fairlead.layers.self_attention import SelfAttention
@@ -42,12 +42,11 @@ class ChatGLMLayer(torch.nn.Module):
         )
         self.post_attention_layernorm = _norm(config, shape, ctx)
         gate_up, down = Linear(E, 2 * F, ctx, bias=bias), Linear(F, E, ctx, bias=bias)
-        self.mlp = FeedForward(("dense_h_to_4h", gate_up), ctx.ops.silu_and_mul, ("dense_4h_to_h", down))
+        self.mlp = FeedForward(("dense_h_to_4h", gate_up), gate("silu_and_mul", ctx), ("dense_4h_to_h", down))
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        x_TE = x_TE + self.self_attention(self.input_layernorm(x_TE), positions_T, step)
-        out_TE: torch.Tensor = x_TE + self.mlp(self.post_attention_layernorm(x_TE))
-        return out_TE
+        x_TE = total(*self.self_attention.add(self.input_layernorm(x_TE), x_TE, positions_T, step))
+        return total(*self.mlp.add(self.post_attention_layernorm(x_TE), x_TE))
 
 
 class ChatGLMEncoder(torch.nn.Module):

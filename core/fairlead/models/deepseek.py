@@ -14,7 +14,7 @@ from fairlead.errors import CheckpointError
 from fairlead.interface import AttentionSpec, MoeSpec
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext, Step
-from fairlead.layers.decoder import PreNormLayer
+from fairlead.layers.decoder import Mlp, PreNormLayer
 from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.linear import Linear, MergedLinear, PlainWeight
 from fairlead.layers.moe import MoE, Router
@@ -36,7 +36,7 @@ class DeepseekV2ForCausalLM(LlamaForCausalLM):
         attention = LatentAttention(self.config, self.shape, rotary, self.ctx)
         return PreNormLayer(attention, self.mlp(index), (self.norm(E), self.norm(E)))
 
-    def mlp(self, index: int) -> torch.nn.Module:
+    def mlp(self, index: int) -> Mlp:
         refuse(self.config, "moe_layer_freq", 1)
         if index < (self.config["first_k_dense_replace"] or 0):
             return super().mlp(index)
@@ -134,6 +134,7 @@ class LatentAttention(torch.nn.Module):
         self.kv_a_layernorm = RMSNorm(self.R, _LATENT_EPS, ctx)
         self.kv_b_proj = PlainWeight(self.R, H * (self.N + V), ctx)
         self.o_proj = Linear(H * V, E, ctx, bias=bias)
+        self.o_proj.give_residual()
         self.rotary, self.is_interleaved = rotary, bool(config.get("rope_interleave", True))
         scale = (self.N + self.P) ** -0.5 * _temperature(rope_params(config))
         self.attention = Attention(
@@ -141,6 +142,16 @@ class LatentAttention(torch.nn.Module):
         )
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
+        out_TE: torch.Tensor = self.o_proj(self._attend(x_TE, positions_T, step))
+        return out_TE
+
+    def add(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor, positions_T: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Two tensors whose sum is the result plus the residual; see `Linear.add`."""
+        return self.o_proj.add(self._attend(x_TE, positions_T, step), residual_TE)
+
+    def _attend(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         q, compressed = self.qkv_a_proj(x_TE).split(self.qkv_a_proj.sizes, dim=-1)
         if self.q_a_layernorm is not None and self.q_b_proj is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
@@ -154,8 +165,7 @@ class LatentAttention(torch.nn.Module):
         keys = torch.cat((latent_T1R, k_T1P), dim=-1)
         out_THR = self.attention(torch.cat((q_THR, q_THP), dim=-1), keys, None, step)
         out_THV = torch.einsum("thr,hvr->thv", out_THR, to_value_HVR)
-        out_TE: torch.Tensor = self.o_proj(out_THV.flatten(1))
-        return out_TE
+        return out_THV.flatten(1)
 
     def _absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of kv_b_proj: what makes keys (H, N, R) and what makes values (H, V, R) of a compressed row."""

@@ -15,7 +15,7 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
-from fairlead.layers.linear import Linear
+from fairlead.layers.linear import Linear, total
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary, rope_params
 from fairlead.layers.self_attention import SelfAttention, by_kv_head
@@ -60,11 +60,10 @@ class FalconLayer(torch.nn.Module):
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         first, last = self.get_submodule(self._norms[0]), self.get_submodule(self._norms[-1])
         normed_TE = first(x_TE)
-        attended_TE = x_TE + self.self_attention(normed_TE, positions_T, step)
+        attended_TE = total(*self.self_attention.add(normed_TE, x_TE, positions_T, step))
         if first is not last:
             normed_TE = last(x_TE if self._is_parallel else attended_TE)
-        out_TE: torch.Tensor = attended_TE + self.mlp(normed_TE)
-        return out_TE
+        return total(*self.mlp.add(normed_TE, attended_TE))
 
 
 def _is_parallel(config: Mapping[str, Any]) -> bool:

@@ -6,8 +6,7 @@ Source: Gemma Team, "Gemma" (2024), section 2.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-
+from fairlead.layers.decoder import Mlp
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.norm import GemmaRMSNorm, Norm
@@ -36,7 +35,7 @@ class GemmaForCausalLM(LlamaForCausalLM):
     def norm(self, size: int) -> Norm:
         return GemmaRMSNorm(size, positive_number(self.config, "rms_norm_eps", 1e-6), self.ctx)
 
-    def mlp(self, index: int) -> torch.nn.Module:
+    def mlp(self, index: int) -> Mlp:
         activation = self.config.get("hidden_activation") or self.config.get("hidden_act", "gelu_pytorch_tanh")
         if activation == "gelu":  # the first checkpoints say so, and mean the tanh form
             activation = "gelu_pytorch_tanh"

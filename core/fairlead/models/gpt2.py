@@ -13,7 +13,7 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
-from fairlead.layers.linear import Conv1D
+from fairlead.layers.linear import Conv1D, total
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int, positive_number, refuse, renamed
@@ -41,9 +41,8 @@ class GPT2Layer(torch.nn.Module):
         self.mlp = FeedForward(("c_fc", Conv1D(E, F, ctx)), act, ("c_proj", Conv1D(F, E, ctx)))
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        x_TE = x_TE + self.attn(self.ln_1(x_TE), positions_T, step)
-        out_TE: torch.Tensor = x_TE + self.mlp(self.ln_2(x_TE))
-        return out_TE
+        x_TE = total(*self.attn.add(self.ln_1(x_TE), x_TE, positions_T, step))
+        return total(*self.mlp.add(self.ln_2(x_TE), x_TE))
 
 
 class GPT2Model(torch.nn.Module):

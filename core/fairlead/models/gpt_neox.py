@@ -14,7 +14,7 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
-from fairlead.layers.linear import Linear
+from fairlead.layers.linear import Linear, total
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary, rope_params
 from fairlead.layers.self_attention import SelfAttention, by_kv_head
@@ -45,10 +45,9 @@ class GPTNeoXLayer(torch.nn.Module):
         )
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
-        attended_TE = x_TE + self.attention(self.input_layernorm(x_TE), positions_T, step)
+        attended_TE = total(*self.attention.add(self.input_layernorm(x_TE), x_TE, positions_T, step))
         seen_TE = x_TE if self._is_parallel else attended_TE
-        out_TE: torch.Tensor = attended_TE + self.mlp(self.post_attention_layernorm(seen_TE))
-        return out_TE
+        return total(*self.mlp.add(self.post_attention_layernorm(seen_TE), attended_TE))
 
 
 class GPTNeoXModel(torch.nn.Module):

@@ -15,7 +15,7 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import FeedForward, activation
-from fairlead.layers.linear import Linear, MergedLinear
+from fairlead.layers.linear import Linear, MergedLinear, total
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.rotary import Rotary
 from fairlead.layers.self_attention import SelfAttention
@@ -41,8 +41,8 @@ class GPTJLayer(torch.nn.Module):
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         normed_TE = self.ln_1(x_TE)
-        out_TE: torch.Tensor = x_TE + self.attn(normed_TE, positions_T, step) + self.mlp(normed_TE)
-        return out_TE
+        attended_TE = total(*self.attn.add(normed_TE, x_TE, positions_T, step))
+        return total(*self.mlp.add(normed_TE, attended_TE))
 
 
 class GPTJModel(torch.nn.Module):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from fairlead.layers.context import BuildContext
-from fairlead.layers.decoder import AttentionOptions, Decoder, HeadedModel, PreNormLayer, grouped_attention
+from fairlead.layers.decoder import AttentionOptions, Decoder, HeadedModel, Mlp, PreNormLayer, grouped_attention
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.norm import Norm, RMSNorm
@@ -73,7 +73,7 @@ class LlamaForCausalLM(HeadedModel):
             output_bias=bias,
         )
 
-    def mlp(self, index: int) -> torch.nn.Module:
+    def mlp(self, index: int) -> Mlp:
         F = positive_int(self.config, "intermediate_size")
         activation = self.config.get("hidden_act", "silu")
         bias = bool(self.config.get("mlp_bias", False))

@@ -6,9 +6,8 @@ Source: Jiang et al., "Mixtral of Experts" (2024), section 2.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-
 from fairlead.interface import MoeSpec
+from fairlead.layers.decoder import Mlp
 from fairlead.layers.moe import MoE
 from fairlead.models.config import positive_int, refuse
 from fairlead.models.mistral import MistralForCausalLM
@@ -25,7 +24,7 @@ class MixtralForCausalLM(MistralForCausalLM):
     }
     checkpoint_names: ClassVar[Mapping[str, str]] = {".mlp.": ".block_sparse_moe."}
 
-    def mlp(self, index: int) -> torch.nn.Module:
+    def mlp(self, index: int) -> Mlp:
         refuse(self.config, "hidden_act", "silu")
         X = positive_int(self.config, "num_local_experts")
         spec = MoeSpec(num_experts=X, top_k=positive_int(self.config, "num_experts_per_tok", most=X), normalize=True)

@@ -14,7 +14,7 @@ from fairlead.layers.context import BuildContext, Step
 from fairlead.layers.decoder import HeadedModel
 from fairlead.layers.embedding import Embedding, OutputHead
 from fairlead.layers.feed_forward import activation
-from fairlead.layers.linear import Linear, MergedLinear
+from fairlead.layers.linear import Linear, MergedLinear, total
 from fairlead.layers.norm import LayerNorm
 from fairlead.layers.self_attention import SelfAttention
 from fairlead.models.config import ModelShape, positive_int
@@ -43,21 +43,23 @@ class OPTLayer(torch.nn.Module):
         act = activation(config, "activation_function", "relu")
         # fc1 and fc2 stand in the layer itself, not in a module of their own.
         self.fc1, self.fc2 = Linear(E, F, ctx, bias=bias), Linear(F, E, ctx, bias=bias)
-        self._activation = act
+        self._activation = None if self.fc1.give_activation(act.name) else act.fn
+        self.fc2.give_residual()
         self.final_layer_norm = _norm(config, E, ctx)
 
     def forward(self, x_TE: torch.Tensor, positions_T: torch.Tensor, step: Step) -> torch.Tensor:
         if self._norm_before:
-            x_TE = x_TE + self.self_attn(self.self_attn_layer_norm(x_TE), positions_T, step)
-            out_TE: torch.Tensor = x_TE + self._feed_forward(self.final_layer_norm(x_TE))
-            return out_TE
-        x_TE = self.self_attn_layer_norm(x_TE + self.self_attn(x_TE, positions_T, step))
-        out_TE = self.final_layer_norm(x_TE + self._feed_forward(x_TE))
+            x_TE = total(*self.self_attn.add(self.self_attn_layer_norm(x_TE), x_TE, positions_T, step))
+            return self._feed_forward(self.final_layer_norm(x_TE), x_TE)
+        x_TE = self.self_attn_layer_norm(total(*self.self_attn.add(x_TE, x_TE, positions_T, step)))
+        out_TE: torch.Tensor = self.final_layer_norm(self._feed_forward(x_TE, x_TE))
         return out_TE
 
-    def _feed_forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        out_TE: torch.Tensor = self.fc2(self._activation(self.fc1(x_TE)))
-        return out_TE
+    def _feed_forward(self, x_TE: torch.Tensor, residual_TE: torch.Tensor) -> torch.Tensor:
+        x_TF = self.fc1(x_TE)
+        if self._activation is not None:
+            x_TF = self._activation(x_TF)
+        return total(*self.fc2.add(x_TF, residual_TE))
 
 
 class OPTDecoder(torch.nn.Module):

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
-
 from fairlead.interface import MoeSpec
 from fairlead.layers.context import BuildContext
-from fairlead.layers.decoder import AttentionOptions
+from fairlead.layers.decoder import AttentionOptions, Mlp
 from fairlead.layers.feed_forward import gated_mlp
 from fairlead.layers.linear import Linear
 from fairlead.layers.moe import MoE
@@ -45,7 +43,7 @@ class Qwen2MoeForCausalLM(LlamaForCausalLM):
             super().attention_options(index), qkv_bias=bias, output_bias=False, sliding_window=windows[index]
         )
 
-    def mlp(self, index: int) -> torch.nn.Module:
+    def mlp(self, index: int) -> Mlp:
         if not has_experts(self.config, index):
             return super().mlp(index)
         moe = routed_experts(self.config, self.shape, self.ctx)
@@ -68,7 +66,7 @@ class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
         )
         return replace(LlamaForCausalLM.attention_options(self, index), sliding_window=windows[index])
 
-    def mlp(self, index: int) -> torch.nn.Module:
+    def mlp(self, index: int) -> Mlp:
         if not has_experts(self.config, index):
             return super().mlp(index)
         return routed_experts(self.config, self.shape, self.ctx)

@@ -3,7 +3,7 @@
 Shapes: N rows, I input features, O output features, G groups of input features.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,14 @@ from torch.nn import functional
 
 from fairlead.contract import check_packed
 from fairlead.errors import ConfigError, PluginContractError
-from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape, MemoryAllocator
+from fairlead.interface import (
+    GATED_ACTIVATIONS,
+    UNQUANTIZED,
+    FusedLinearMethod,
+    LinearMethod,
+    LinearShape,
+    MemoryAllocator,
+)
 from fairlead.ops.first_call import FirstCall
 
 Packed = object
@@ -27,6 +34,9 @@ TOLERANCE: dict[str, dict[str, float]] = {
 difference over that of the result. Those of int8 and fp8 are what rounding the rows to 8 bits costs."""
 
 INT4_GROUP = 128
+
+ADD_NORM = "fused_add_rms_norm"
+"""The op whose sum a linear method may take over: a provider of it that was asked for by name keeps it."""
 
 
 class PlainLinear:
@@ -236,7 +246,8 @@ def _itemsize(shape: LinearShape) -> int:
 class LinearTable:
     """Who serves which scheme; made once per engine, asked once per layer.
 
-    `chosen` collects what was chosen: names by scheme, in order of first use.
+    `chosen` collects what was chosen: names by scheme, in order of first use. `fused` does so for ops that linear
+    methods do in their own pass, by op; those of `kept` they leave alone.
     """
 
     def __init__(
@@ -248,6 +259,7 @@ class LinearTable:
         linear_name: str = "reference",
         wanted: str | None = None,
         allocator: MemoryAllocator | None = None,
+        kept: Collection[str] = (),
     ) -> None:
         """`linear` is the op that serves unquantised layers where no method does; `wanted` the name that was asked for;
         the references of quantised schemes take their memory from the allocator.
@@ -272,7 +284,9 @@ class LinearTable:
         self.platform = platform
         self._methods = {scheme: (*methods.get(scheme, ()), own) for scheme, own in references.items()}
         self._wanted = wanted
+        self._kept = kept
         self.chosen: dict[str, tuple[str, ...]] = {}
+        self.fused: dict[str, tuple[str, ...]] = {}
 
     @property
     def schemes(self) -> tuple[str, ...]:
@@ -286,23 +300,49 @@ class LinearTable:
         for method in asked or candidates:
             reason = method.refuses(shape)
             if reason is None:
-                names = self.chosen.get(scheme, ())
-                self.chosen[scheme] = names if method.name in names else (*names, method.name)
+                _note(self.chosen, scheme, method.name)
                 return method
             if asked:
                 raise ConfigError(f"provider {method.name!r} of op 'linear' cannot be used: {reason}")
         raise AssertionError("the reference refuses nothing")
 
-    def pack(self, method: LinearMethod, weight_OI: torch.Tensor) -> Packed:
-        """What the method makes of a weight; raises PluginContractError if it makes nothing."""
-        packed = method.pack({"weight": weight_OI})
+    def fuses(self, method: LinearMethod, shape: LinearShape, activation: str | None) -> bool:
+        """Whether the method does the activation (None: the sum with a residual) in the pass that multiplies."""
+        op = ADD_NORM if activation is None else activation
+        if op in self._kept or not isinstance(method, FusedLinearMethod):
+            return False
+        if method.refuses_fused(shape, activation) is not None:
+            return False
+        _note(self.fused, op, method.name)
+        return True
+
+    def pack(self, method: LinearMethod, weight_OI: torch.Tensor, activation: str | None = None) -> Packed:
+        """What the method makes of a weight, for an activation that it `fuses`; raises PluginContractError if it makes
+        nothing."""
+        if activation is None:
+            packed = method.pack({"weight": weight_OI})
+        else:
+            assert isinstance(method, FusedLinearMethod)
+            packed = method.pack_fused({"weight": weight_OI}, activation)
         check_packed(self.platform, method, packed)
         return packed
 
-    def apply_of(self, method: LinearMethod, shape: LinearShape) -> Callable[..., torch.Tensor]:
-        """The method's `apply`, its first result checked."""
+    def apply_of(
+        self, method: LinearMethod, shape: LinearShape, activation: str | None = None, *, adds: bool = False
+    ) -> Callable[..., torch.Tensor]:
+        """The method's `apply`, or `apply_fused` for an activation or a residual, its first result checked."""
+        num_outputs = shape.out_features // 2 if activation in GATED_ACTIVATIONS else shape.out_features
 
         def reference(x_NI: torch.Tensor, *_: object) -> torch.Tensor:
-            return x_NI.new_empty((*x_NI.shape[:-1], shape.out_features))
+            return x_NI.new_empty((*x_NI.shape[:-1], num_outputs))
 
-        return FirstCall(method.apply, reference, plugin=self.platform, hook=f"linear_methods {method.name!r}.apply")
+        apply, hook = method.apply, f"linear_methods {method.name!r}.apply"
+        if activation is not None or adds:
+            assert isinstance(method, FusedLinearMethod)
+            apply, hook = method.apply_fused, f"{hook}_fused"
+        return FirstCall(apply, reference, plugin=self.platform, hook=hook)
+
+
+def _note(names: dict[str, tuple[str, ...]], key: str, name: str) -> None:
+    known = names.get(key, ())
+    names[key] = known if name in known else (*known, name)

@@ -116,6 +116,12 @@ def choose_providers(
     }
     ops = replace(ops, **own)
     table = LinearTable(
-        platform.name, methods, ops.linear, linear_name=names["linear"], wanted=linear, allocator=platform.allocator
+        platform.name,
+        methods,
+        ops.linear,
+        linear_name=names["linear"],
+        wanted=linear,
+        allocator=platform.allocator,
+        kept=wanted,
     )
     return ops, table, names

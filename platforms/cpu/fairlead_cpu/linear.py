@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape, MemoryAllocator
+from fairlead.interface import GATED_ACTIVATIONS, UNQUANTIZED, LinearMethod, LinearShape, MemoryAllocator
 from fairlead_cpu.native import Kernels, LinearLayer
 
 # The numbers of csrc/matmul.h.
@@ -16,13 +16,13 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {
     None: 0,
     "silu_and_mul": 1,
-    "gelu_tanh_and_mul": 2,
-    "gelu_and_mul": 3,
+    "gelu_and_mul": 2,
     "gelu_tanh": 4,
     "gelu": 5,
     "relu": 6,
     "silu": 7,
 }
+_INEXACT = ("silu", "gelu", "gelu_tanh")  # the gated ones are the native ops' own, bit by bit
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
 _PANEL, _GROUP, _PAD_K = 16, 32, 64
 _ALIGNMENT = 64
@@ -57,7 +57,7 @@ class PackedLinear:
 
 
 class NativeLinear:
-    """LinearMethod of one scheme: "unquantized" (bfloat16, float32), "int8" or "int4".
+    """LinearMethod and FusedLinearMethod of one scheme: "unquantized" (bfloat16, float32), "int8" or "int4".
 
     Every element of a result is summed in one order, whatever the batch: a row has the same bits alone and in any.
     """
@@ -84,11 +84,20 @@ class NativeLinear:
 
     def pack(self, tensors: Mapping[str, torch.Tensor]) -> PackedLinear:
         """Lays the weight out in panels; "int8" and "int4" quantise it on the way. Keeps none of the tensors."""
-        return self.pack_for(tensors["weight"])
+        return self._pack(tensors["weight"], None)
 
-    def pack_for(self, weight_OI: torch.Tensor, *, activation: str | None = None) -> PackedLinear:
-        """The same for a layer with an activation; with one that multiplies, gate and up stand one after the other."""
-        pair = activation is not None and activation.endswith("_and_mul")
+    def refuses_fused(self, shape: LinearShape, activation: str | None) -> str | None:
+        """In float32 some activations are torch's: where transformers is compared, their last bits count."""
+        if shape.dtype == "float32" and activation in _INEXACT:
+            return f"torch's {activation} rounds as transformers does"
+        return None
+
+    def pack_fused(self, tensors: Mapping[str, torch.Tensor], activation: str) -> PackedLinear:
+        """The same layout, but that a gate and its up projection stand panel by panel."""
+        return self._pack(tensors["weight"], activation)
+
+    def _pack(self, weight_OI: torch.Tensor, activation: str | None) -> PackedLinear:
+        pair = activation in GATED_ACTIVATIONS
         num_inputs = weight_OI.shape[1]
         num_outputs = weight_OI.shape[0] // 2 if pair else weight_OI.shape[0]
         if num_inputs > 1 and weight_OI.stride(1) != 1:
@@ -118,12 +127,16 @@ class NativeLinear:
 
     def apply(self, x_NI: torch.Tensor, packed: object, bias_O: torch.Tensor | None) -> torch.Tensor:
         """One native call."""
-        return self.apply_fused(x_NI, packed, bias_O, None)
+        return self.apply_fused(x_NI, packed, bias_O)
 
     def apply_fused(
-        self, x_NI: torch.Tensor, packed: object, bias_O: torch.Tensor | None, residual_NO: torch.Tensor | None
+        self,
+        x_NI: torch.Tensor,
+        packed: object,
+        bias_O: torch.Tensor | None,
+        residual_NO: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The activation that the layer was packed for, then plus the residual."""
+        """One native call: nothing is rounded between the sum over the inputs and the result."""
         assert isinstance(packed, PackedLinear)
         assert x_NI.dtype == packed.dtype
         num_rows, num_inputs = x_NI.shape

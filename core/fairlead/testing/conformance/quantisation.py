@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from fairlead.interface import UNQUANTIZED, LinearMethod, LinearShape
+from fairlead.interface import ACTIVATIONS, UNQUANTIZED, FusedLinearMethod, LinearMethod, LinearShape
 from fairlead.ops import reference
 from fairlead.ops.linear import INT4_GROUP, TOLERANCE, LinearTable
 from fairlead.ops.table import REFERENCE
 from fairlead.testing.conformance.check import Check, Outcome
+from fairlead.testing.conformance.fused import Fused
 from fairlead.testing.conformance.subject import Subject
 
 SIZES, MORE_SIZES = ((64, 48), (320, 131)), ((96, 96), (128, 576), (576, 1536))  # inputs, outputs
@@ -33,6 +34,9 @@ def checks(subject: Subject) -> Iterator[Check]:
                 examined = _Method(subject, scheme, method, dtype, is_reference=not methods)
                 name = f"{scheme}, {method.name}, {dtype}"
                 yield Check(tier="quantisation", name=name, hook=examined.hook, run=examined.run)
+                for activation in (None, *ACTIVATIONS) if isinstance(method, FusedLinearMethod) else ():
+                    fused = Fused(subject, scheme, method, dtype, activation)
+                    yield Check(tier="quantisation", name=f"{name}, {fused.what}", hook=fused.hook, run=fused.run)
 
 
 class _Method:

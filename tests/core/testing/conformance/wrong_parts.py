@@ -23,7 +23,7 @@ from fairlead.interface import (
 from fairlead.ops import reference
 from fairlead.ops.attention import ReferenceAttention
 from fairlead.ops.graph import PassThrough, smallest_bucket
-from fairlead.ops.linear import Int8Linear
+from fairlead.ops.linear import Int8Linear, PlainLinear
 from fairlead.ops.platform import EagerStream, SingleRank
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.platform import CpuPlatform
@@ -353,6 +353,38 @@ class WrongLinear(Int8Linear):
 
 def linear(fault: str) -> Mapping[str, Any]:
     return {"own_methods": {"int8": (WrongLinear(fault),)}, **capable(quantization=("int8",))}
+
+
+class WrongFusion(PlainLinear):
+    """The unquantised reference that also does what follows, with a fault."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(reference.linear, "own")
+        self.fault = fault
+
+    def refuses_fused(self, shape: LinearShape, activation: str | None) -> Any:
+        refused = activation not in (None, "silu_and_mul")
+        return ("" if self.fault == "reason" else "it is not implemented") if refused else None
+
+    def pack_fused(self, tensors: Mapping[str, Tensor], activation: str) -> object:
+        weight = tensors["weight"]
+        return (weight.flip(0) if self.fault == "weight" else weight,)
+
+    def dequantise(self, packed: object) -> Tensor:
+        return super().dequantise(packed[0] if isinstance(packed, tuple) else packed)
+
+    def apply_fused(self, x_NI: Tensor, packed: Any, bias_O: Tensor | None, residual: Tensor | None = None) -> Any:
+        out = reference.linear(x_NI, packed[0] if isinstance(packed, tuple) else packed, bias_O)
+        if isinstance(packed, tuple) and self.fault != "activation":
+            gate, up = out.chunk(2, dim=1)
+            out = reference.silu_and_mul(torch.cat((up, gate), dim=1) if self.fault == "order" else out)
+        if residual is not None and self.fault != "residual":
+            out = residual.add_(out) if self.fault == "in place" else residual + out
+        return out * (1 + 1e-6 * (len(out) > 1)) if self.fault == "batch" else out
+
+
+def fusing(fault: str, **more: Any) -> Mapping[str, Any]:
+    return {"own_methods": {"unquantized": (WrongFusion(fault),)}, **more}
 
 
 _probes = iter(range(10**6))

@@ -22,6 +22,7 @@ from wrong_parts import (
     default,
     die_in_step,
     fail_in_step,
+    fusing,
     hang,
     in_place_rms_norm,
     interleaved_heads,
@@ -350,6 +351,28 @@ WRONG: dict[str, Wrong] = {
     ),
     "linear_of_no_bytes": Wrong(
         tier="quantisation", hook="linear_methods['int8'] 'own'.packed_bytes", got="0", changes=linear("bytes")
+    ),
+    "fusion_forgets_activation": Wrong(
+        tier="quantisation", hook="'own'.apply_fused", got="of shape", changes=fusing("activation")
+    ),
+    "fusion_takes_up_for_gate": Wrong(tier="quantisation", hook="'own'.apply_fused", got="e-", changes=fusing("order")),
+    "fusion_forgets_residual": Wrong(
+        tier="quantisation", hook="'own'.apply_fused", got="e-", changes=fusing("residual")
+    ),
+    "fusion_adds_in_place": Wrong(
+        tier="quantisation", hook="'own'.apply_fused", got="changed", changes=fusing("in place")
+    ),
+    "fusion_of_other_weights": Wrong(
+        tier="quantisation", hook="'own'.dequantise", got="an error of", changes=fusing("weight")
+    ),
+    "fusion_depends_on_the_batch": Wrong(
+        tier="quantisation",
+        hook="'own'.apply_fused",
+        got="others",
+        changes=fusing("batch", **capable(batch_invariant=True)),
+    ),
+    "fusion_refuses_without_reason": Wrong(
+        tier="quantisation", hook="'own'.refuses_fused", got="''", changes=fusing("reason")
     ),
     # models
     "model_without_biases": Wrong(
