@@ -89,7 +89,11 @@ def compile_cases(wanted: Sequence[tuple[str, Case]]) -> dict[tuple[str, str], C
     tasks = [{"target": target, "case": asdict(case)} for target, case in wanted]
     with tempfile.TemporaryDirectory() as cache:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        environment |= {
+            "TRITON_ALWAYS_COMPILE": "1",
+            "TRITON_CACHE_DIR": cache,
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
         child = subprocess.run(
             [sys.executable, str(Path(__file__))],
             input=json.dumps(tasks),

@@ -55,7 +55,9 @@ def read() -> dict[str, dict[str, list[Any]]]:
 def recorded(target: str, case: Case) -> Compiled:
     """What was said of a case. Raises AssertionError where it was not asked since the case changed."""
     key, *numbers = read().get(target, {}).get(case.name, [None])
-    assert key == key_of(target, case), f"{case.name} has changed since it was compiled for {target}; run python tests/platforms/triton/aot_record.py"
+    assert key == key_of(target, case), (
+        f"{case.name} has changed since it was compiled for {target}; run python tests/platforms/triton/aot_record.py"
+    )
     shared_bytes, spills, registers = numbers
     return Compiled(target=target, name=case.name, shared_bytes=shared_bytes, spills=spills, registers=registers)
 
@@ -79,7 +81,7 @@ def main() -> None:
         old = {
             name: entry
             for name, entry in read().get(target, {}).items()
-            if name in cases and entry[0] == cases[name][0]
+            if name in cases and entry[0] == cases[name][0] and entry[3]
         }
         results = compile_cases([(target, case) for name, (_, case) in cases.items() if name not in old])
         new = {

@@ -32,13 +32,22 @@ class DeviceTraits:
         """Whether matrix instructions read their operands from shared memory: where it is that large, they do."""
         return self.async_copies and self.shared_memory_bytes > 200 * 1024
 
-    @property
-    def tile_registers(self) -> int:
+    def tile_registers(self, warps: int) -> int:
         """Words of a tile's results, scores and operands that a thread may hold before the compilers spill registers.
 
-        With `wide_matrix` instructions, operands do not count.
+        With `wide_matrix` instructions, operands do not count. CDNA 4 has shared memory for tiles that its compiler has
+        no registers for, once two warps share a processor's quarter.
         """
-        return 160 if self.async_copies else 100 if self.warp_size == 64 else 64
+        if self.async_copies:
+            return 160
+        if self.warp_size == 64:
+            return 72 if self.shared_memory_bytes > 128 * 1024 and warps > 4 else 100
+        return 64
+
+    @property
+    def conversion_registers(self) -> int:
+        """Words for each number of a tile that is being converted from 8 bits."""
+        return 1 if self.async_copies else 2 if self.native_fp8 else 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +143,15 @@ def choose_tiles(
         words = rows * (d0 + d1 + keys * (1 + items))
         if not (traits.wide_matrix and rows >= 64 and item_bytes == 2):
             words += rows * d0 * items + keys * (planes * d0 + d1) * items
-        if kv_item_bytes < item_bytes and rows > 16:
-            words += keys * d0  # a tile that is being converted
+            if spec.alibi_slopes is not None:
+                words += 2 * rows * keys  # distances, and what they add
+        if planes == 1 and not traits.async_copies:
+            words += keys * d0 * items  # held as keys and as values
+        if kv_item_bytes < item_bytes and (rows > 16 or not (traits.async_copies or traits.warp_size == 64)):
+            words += keys * d0 * traits.conversion_registers
         if item_bytes == 4:
             words *= 3  # multiplied without matrix instructions, each thread with operands of its own
-        return words <= traits.tile_registers * warps * traits.warp_size
+        return words <= traits.tile_registers(warps) * warps * traits.warp_size
 
     prompts = [c for c in _PROMPT if fits(c[0], c[1], c[3])]
     prompt = next((c for c in prompts if suits(*c[:3])), prompts[-1] if prompts else None)
