@@ -163,7 +163,7 @@ NUMBERS: dict[str, list[Any]] = {
     "frequency_penalty": [2.01, -2.01],
     "seed": [2**63, -(2**63) - 1],
     "logit_bias": [{"1024": 1}, {"1": 101}, {"1": -101}, {str(i): 1 for i in range(100_000)}],
-    "stop": ["", [""], ["x"] * 10_000, 5],
+    "stop": ["", [""], ["x"] * 10_000, 5, "x" * 1_000_000, ["y", "x" * 4097]],
     "min_tokens": [-1, 2**63],
     "best_of": [0, 10**9],
     "allowed_token_ids": [[], [-1], [1024]],
