@@ -26,7 +26,7 @@ def samples(client: httpx.Client) -> dict[tuple[str, str | None], float]:
     """Every sample by name and finished_reason."""
     response = client.get("/metrics")
     assert response.status_code == 200
-    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = {}
     for family in text_string_to_metric_families(response.text):
         for sample in family.samples:
