@@ -204,6 +204,8 @@ def test_nothing_is_fetched_or_read(client: httpx.Client, image: str) -> None:
     "path",
     [
         *("/v1/embeddings", "/v1/responses", "/v1/messages", "/score", "/rerank", "/v1/load_lora_adapter", "/sleep"),
+        *("/v1/responses/x", "/v1/responses/x/cancel", "/v1/messages/count_tokens", "/v1/score", "/v1/rerank", "/ui"),
+        *("/v2/rerank", "/v1/unload_lora_adapter", "/is_sleeping", "/resume"),
         *(
             "/wake_up",
             "/reset_prefix_cache",

@@ -35,6 +35,14 @@ def test_tokenize_and_detokenize_are_each_others_inverse(client: httpx.Client) -
     assert "token_strs" not in ok(client.post("/tokenize", json={"prompt": "But soft", "model": "demo"}))
 
 
+def test_a_chat_comes_back_with_its_control_tokens(client: httpx.Client) -> None:
+    tokens = ok(client.post("/tokenize", json={"messages": CHAT}))["tokens"]
+    text = ok(client.post("/detokenize", json={"tokens": tokens}))["prompt"]
+    assert ok(client.get("/tokenizer_info"))["eos_token"] in text
+    again = {"prompt": text, "add_special_tokens": False}
+    assert ok(client.post("/tokenize", json=again))["tokens"] == tokens
+
+
 def test_a_chat_is_tokenized_as_it_is_answered(client: httpx.Client) -> None:
     for fields in ({}, {"add_generation_prompt": False}, {"chat_template_kwargs": {"x": 1}}, {"documents": [{}]}):
         found = ok(client.post("/tokenize", json={"messages": CHAT, **fields}))

@@ -49,9 +49,9 @@ class FrontEnd:
         """Token ids of a prompt. Raises RequestError without a tokenizer."""
         return self._tokenizer().encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a prompt that came as token ids. Raises RequestError without a tokenizer."""
-        return self._tokenizer().decode(token_ids)
+        return self._tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions | None = None) -> ChatPrompt:
         """A chat as text and token ids. Raises RequestError without a tokenizer or a fitting template."""

@@ -41,7 +41,7 @@ def router(service: Service) -> APIRouter:
         for token_id in body.tokens:
             if not 0 <= token_id < vocab_size:
                 raise RequestError(f"tokens: {token_id} is outside 0 to {vocab_size - 1}", param="tokens")
-        return {"prompt": engine.front_end.decode(body.tokens)}
+        return {"prompt": engine.front_end.decode(body.tokens, skip_special_tokens=False)}
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, object]:
