@@ -13,6 +13,7 @@ MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 4096  # each is turned into a table of as many numbers, per sequence
+MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_CHARS = 256  # they are tokenised on the server's event loop
@@ -165,7 +166,9 @@ class SamplingParams:
     def _check_token_ids(self) -> None:
         want = "token ids from 0 to 2^31 - 1"
         ids = self.stop_token_ids
-        _check(isinstance(ids, tuple) and all(map(_is_token_id, ids)), "stop_token_ids", ids, want)
+        _check(isinstance(ids, tuple), "stop_token_ids", ids, want)
+        _check(len(ids) <= MAX_STOP_TOKENS, "stop_token_ids", len(ids), f"at most {MAX_STOP_TOKENS} token ids")
+        _check(all(map(_is_token_id, ids)), "stop_token_ids", ids, want)
         allowed = self.allowed_token_ids
         if allowed is not None:
             ok = isinstance(allowed, tuple) and allowed != () and all(map(_is_token_id, allowed))

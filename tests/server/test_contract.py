@@ -85,6 +85,17 @@ def test_a_wrong_tokenize_is_400(client: httpx.Client, body: dict[str, Any], par
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+def test_long_texts_are_tokenized_and_so_many_tokens_are_given_back(client: httpx.Client) -> None:
+    found = ok(client.post("/tokenize", json={"prompt": "But soft " * 5000, "return_token_strs": True}))
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) > 5000
+    short = ok(client.post("/tokenize", json={"prompt": "But soft ", "return_token_strs": True}))
+    assert found["token_strs"][: short["count"] - 1] == short["token_strs"][:-1]
+    assert ok(client.post("/detokenize", json={"tokens": found["tokens"]}))["prompt"] == "But soft " * 5000
+    assert len(ok(client.post("/detokenize", json={"tokens": [300] * 2**17}))["prompt"]) > 2**17
+    response = client.post("/detokenize", json={"tokens": [300] * (2**17 + 1)})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tokens")
+
+
 @pytest.mark.parametrize("tokens", [None, "x", [-1], [1024], [2**64], [1.5], [True], [[1]]])
 def test_a_wrong_detokenize_is_400(client: httpx.Client, tokens: object) -> None:
     response = client.post("/detokenize", json={"tokens": tokens})
