@@ -91,10 +91,10 @@ class Checkpoint:
         """The SamplingParams that generation_config.json sets; greedy where it says do_sample: false."""
         given = self.generation_config
         is_greedy = given.get("do_sample") is False
-        names = (
-            ("repetition_penalty",) if is_greedy else ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
-        )
+        names = ["repetition_penalty", *(() if is_greedy else ("temperature", "top_k", "top_p", "min_p"))]
         found = {name: given[name] for name in names if given.get(name) is not None}
+        if given.get("max_new_tokens") is not None:
+            found["max_tokens"] = given["max_new_tokens"]
         return {**found, "temperature": 0.0} if is_greedy else found
 
     def tensors(self) -> dict[str, StoredTensor]:

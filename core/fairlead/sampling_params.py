@@ -12,6 +12,8 @@ from fairlead.sampling.structured.params import StructuredOutputParams as Struct
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 64
+MAX_STOP_CHARS = 4096  # each is turned into a table of as many numbers, per sequence
+MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
 MAX_BAD_WORD_CHARS = 256  # they are tokenised on the server's event loop
@@ -112,19 +114,16 @@ class SamplingParams:
         _check(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "an integer from -1 to 2^31 - 1")
         if self.seed is not None:
             _check(_is_int(self.seed) and -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        for name, most in (("stop", MAX_STOP_STRINGS), ("bad_words", MAX_BAD_WORDS)):
+        for name, most, longest in (
+            ("stop", MAX_STOP_STRINGS, MAX_STOP_CHARS),
+            ("bad_words", MAX_BAD_WORDS, MAX_BAD_WORD_CHARS),
+        ):
             texts = getattr(self, name)
             _check(isinstance(texts, tuple), name, texts, "a list of strings")
             _check(len(texts) <= most, name, len(texts), f"at most {most} strings")
             for text in texts:
                 _check(isinstance(text, str) and text != "", name, text, "strings that are not empty")
-        for word in self.bad_words:
-            _check(
-                len(word) <= MAX_BAD_WORD_CHARS,
-                "bad_words",
-                word,
-                f"strings of at most {MAX_BAD_WORD_CHARS} characters",
-            )
+                _check(len(text) <= longest, name, text, f"strings of at most {longest} characters")
         self._check_token_ids()
         if self.max_tokens is not None:
             _check(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
@@ -167,7 +166,9 @@ class SamplingParams:
     def _check_token_ids(self) -> None:
         want = "token ids from 0 to 2^31 - 1"
         ids = self.stop_token_ids
-        _check(isinstance(ids, tuple) and all(map(_is_token_id, ids)), "stop_token_ids", ids, want)
+        _check(isinstance(ids, tuple), "stop_token_ids", ids, want)
+        _check(len(ids) <= MAX_STOP_TOKENS, "stop_token_ids", len(ids), f"at most {MAX_STOP_TOKENS} token ids")
+        _check(all(map(_is_token_id, ids)), "stop_token_ids", ids, want)
         allowed = self.allowed_token_ids
         if allowed is not None:
             ok = isinstance(allowed, tuple) and allowed != () and all(map(_is_token_id, allowed))

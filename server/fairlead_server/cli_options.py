@@ -27,7 +27,15 @@ PANELS = {
 _OTHER, _OFF, _AWAITED = "__other", "__off", "__awaited"  # behind a setting's name: parameters of its other spellings
 
 # Old spellings that change nothing here, since what they ask for is how Fairlead is.
-ACCEPTED = ("disable_log_requests", "disable_log_stats", "enable_chunked_prefill", "no_ui")
+ACCEPTED = (
+    "disable_log_requests",
+    "disable_log_stats",
+    "enable_chunked_prefill",
+    "enable_prompt_tokens_details",
+    "enable_request_id_headers",
+    "enable_tokenizer_info_endpoint",
+    "no_ui",
+)
 ENABLE_METRICS = "enable_metrics"  # an old spelling of --metrics-compat vllm-legacy
 
 

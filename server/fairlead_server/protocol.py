@@ -131,6 +131,11 @@ class GenerationBody(_Body):
     def usage_on_every_chunk(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
+    @property
+    def max_tokens_name(self) -> str:
+        """The field that max_tokens came in."""
+        return "max_tokens"
+
     def _sampling_params(
         self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
@@ -193,14 +198,24 @@ class ChatPromptBody(_Body):
     messages: list[ChatMessage]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: Text | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     include_reasoning: bool | None = None
     add_special_tokens: bool | None = None
 
-    def chat_options(self) -> ChatOptions:
-        """How to render the messages. Raises RequestError on fields that contradict each other."""
+    def chat_options(self, *, trusts_template: bool) -> ChatOptions:
+        """How to render the messages; with the request's own template only if it is trusted.
+
+        Raises RequestError on one that is not, and on fields that contradict each other.
+        """
+        if self.chat_template is not None and not trusts_template:
+            raise RequestError(
+                "chat_template is not taken from requests; leave it out, or start the server with "
+                "--trust-request-chat-template",
+                param="chat_template",
+            )
         if not self.messages:
             raise RequestError("messages must hold at least one message", param="messages")
         if self.continue_final_message and self.add_generation_prompt:
@@ -216,6 +231,7 @@ class ChatPromptBody(_Body):
             continue_final_message=bool(self.continue_final_message),
             template_kwargs=variables,
             add_special_tokens=bool(self.add_special_tokens),
+            template=self.chat_template,
         )
 
     @property
@@ -230,7 +246,7 @@ class ChatPromptBody(_Body):
 class ChatBody(ChatPromptBody, GenerationBody):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
 
@@ -241,8 +257,12 @@ class ChatBody(ChatPromptBody, GenerationBody):
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
 
+    @property
+    def max_tokens_name(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
-        """How to sample; max_tokens is None, the rest of the context, where the request gave none."""
+        """How to sample; max_tokens is None where the request gave none."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self._sampling_params(
@@ -259,7 +279,8 @@ class TokenizeBody(ChatPromptBody):
     return_token_strs: bool | None = None
 
     def check(self) -> None:
-        """Raises RequestError unless there is exactly one of the two."""
+        """Raises RequestError unless there is exactly one of the two, and on fields that would change its tokens."""
+        refuse_unsupported(self.model_extra or {})
         if (self.prompt is None) == (not self.messages):
             raise RequestError("give either prompt or messages", param="prompt")
 

@@ -63,7 +63,8 @@ class Service:
     def request(
         self, prompt: list[int], params: SamplingParams, body: GenerationBody, *, default_max_tokens: int | None
     ) -> Request:
-        """Makes the engine's request. `default_max_tokens` holds where params.max_tokens is None, as far as it fits.
+        """Makes the engine's request. Where params.max_tokens is None, the model's own default holds, or else
+        `default_max_tokens`, or else the rest of the context; each as far as it fits.
 
         Raises RequestError if the model can never run it: prompt and asked max_tokens must fit the context together.
         """
@@ -72,14 +73,15 @@ class Service:
         num_prompt = len(request.prompt_token_ids)
         room = limit - num_prompt
         if params.max_tokens is None:
-            max_tokens = room if default_max_tokens is None else min(default_max_tokens, room)
+            default = self.engine.front_end.default_max_tokens or default_max_tokens or room
+            max_tokens = min(default, room)
             return replace(request, params=replace(params, max_tokens=max_tokens))
         if params.max_tokens > room:
             raise ContextLengthError(
                 f"This model's maximum context length is {limit} tokens. However, you requested "
                 f"{num_prompt + params.max_tokens} tokens ({num_prompt} in the prompt, {params.max_tokens} in the "
                 "completion). Please reduce the prompt or the completion.",
-                param="max_tokens",
+                param=body.max_tokens_name,
             )
         return request
 

@@ -150,6 +150,8 @@ def test_bad_end_of_sequence_ids(model: Path, value: object) -> None:
         ({"temperature": 0.6, "top_p": 0.9, "max_length": 7, "top_k": None}, {"temperature": 0.6, "top_p": 0.9}),
         ({"do_sample": False, "temperature": 0.6}, {"temperature": 0.0}),
         ({"do_sample": True, "top_k": 20, "min_p": 0.1}, {"top_k": 20, "min_p": 0.1}),
+        ({"max_new_tokens": 40, "do_sample": False}, {"max_tokens": 40, "temperature": 0.0}),
+        ({"max_new_tokens": None}, {}),
     ],
 )
 def test_sampling_defaults(model: Path, given: dict[str, Any], expected: dict[str, Any]) -> None:

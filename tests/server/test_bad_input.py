@@ -163,7 +163,7 @@ NUMBERS: dict[str, list[Any]] = {
     "frequency_penalty": [2.01, -2.01],
     "seed": [2**63, -(2**63) - 1],
     "logit_bias": [{"1024": 1}, {"1": 101}, {"1": -101}, {str(i): 1 for i in range(100_000)}],
-    "stop": ["", [""], ["x"] * 10_000, 5],
+    "stop": ["", [""], ["x"] * 10_000, 5, "x" * 1_000_000, ["y", "x" * 4097]],
     "min_tokens": [-1, 2**63],
     "best_of": [0, 10**9],
     "allowed_token_ids": [[], [-1], [1024]],
@@ -204,6 +204,8 @@ def test_nothing_is_fetched_or_read(client: httpx.Client, image: str) -> None:
     "path",
     [
         *("/v1/embeddings", "/v1/responses", "/v1/messages", "/score", "/rerank", "/v1/load_lora_adapter", "/sleep"),
+        *("/v1/responses/x", "/v1/responses/x/cancel", "/v1/messages/count_tokens", "/v1/score", "/v1/rerank", "/ui"),
+        *("/v2/rerank", "/v1/unload_lora_adapter", "/is_sleeping", "/resume"),
         *(
             "/wake_up",
             "/reset_prefix_cache",

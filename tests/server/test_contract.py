@@ -1,6 +1,7 @@
 """The fields of http-api.md beyond sampling, and the routes on tokens; over the fake engine."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -32,6 +33,14 @@ def test_tokenize_and_detokenize_are_each_others_inverse(client: httpx.Client) -
     assert len(found["token_strs"]) == found["count"]
     assert ok(client.post("/detokenize", json={"tokens": found["tokens"]})) == {"prompt": "But soft"}
     assert "token_strs" not in ok(client.post("/tokenize", json={"prompt": "But soft", "model": "demo"}))
+
+
+def test_a_chat_comes_back_with_its_control_tokens(client: httpx.Client) -> None:
+    tokens = ok(client.post("/tokenize", json={"messages": CHAT}))["tokens"]
+    text = ok(client.post("/detokenize", json={"tokens": tokens}))["prompt"]
+    assert ok(client.get("/tokenizer_info"))["eos_token"] in text
+    again = {"prompt": text, "add_special_tokens": False}
+    assert ok(client.post("/tokenize", json=again))["tokens"] == tokens
 
 
 def test_a_chat_is_tokenized_as_it_is_answered(client: httpx.Client) -> None:
@@ -67,11 +76,24 @@ def test_the_final_message_is_continued_and_echoed(client: httpx.Client) -> None
         ({"messages": []}, "prompt"),
         ({"messages": [{"role": "boss"}]}, "messages"),
         ({"prompt": "x", "add_special_tokens": 1}, "add_special_tokens"),
+        ({"messages": CHAT, "chat_template": "x"}, "chat_template"),
+        ({"messages": CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ],
 )
 def test_a_wrong_tokenize_is_400(client: httpx.Client, body: dict[str, Any], param: str) -> None:
     response = client.post("/tokenize", json=body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_long_texts_are_tokenized_and_so_many_tokens_are_given_back(client: httpx.Client) -> None:
+    found = ok(client.post("/tokenize", json={"prompt": "But soft " * 5000, "return_token_strs": True}))
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"]) > 5000
+    short = ok(client.post("/tokenize", json={"prompt": "But soft ", "return_token_strs": True}))
+    assert found["token_strs"][: short["count"] - 1] == short["token_strs"][:-1]
+    assert ok(client.post("/detokenize", json={"tokens": found["tokens"]}))["prompt"] == "But soft " * 5000
+    assert len(ok(client.post("/detokenize", json={"tokens": [300] * 2**17}))["prompt"]) > 2**17
+    response = client.post("/detokenize", json={"tokens": [300] * (2**17 + 1)})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tokens")
 
 
 @pytest.mark.parametrize("tokens", [None, "x", [-1], [1024], [2**64], [1.5], [True], [[1]]])
@@ -128,6 +150,53 @@ def test_usage_stands_on_every_chunk_if_asked(client: httpx.Client) -> None:
         assert chunks[-1]["choices"] == []
         assert all(chunk["choices"] for chunk in chunks[:-1])
         assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in chunks)
+
+
+def test_continuous_usage_needs_no_last_chunk(client: httpx.Client) -> None:
+    body = {"prompt": [300], "max_tokens": 4, "ignore_eos": True, "stream_options": {"continuous_usage_stats": True}}
+    chunks = events(client, "/v1/completions", body)
+    assert all(chunk["choices"] for chunk in chunks)
+    assert chunks[-1]["usage"]["completion_tokens"] == 4
+
+
+def test_max_tokens_comes_from_the_request_then_the_model_then_openai(
+    client: httpx.Client, fake_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lengths(**fields: int) -> list[int]:
+        answers = (
+            client.post("/v1/completions", json={"prompt": [300], "ignore_eos": True, **fields}),
+            client.post("/v1/chat/completions", json={"messages": CHAT, "ignore_eos": True, **fields}),
+        )
+        return [ok(answer)["usage"]["completion_tokens"] for answer in answers]
+
+    plain = lengths()
+    assert plain[0] == 16
+    assert plain[1] > 200
+    front_end = replace(fake_server.engine.front_end, default_max_tokens=7)
+    monkeypatch.setattr(fake_server.engine, "front_end", front_end)
+    assert lengths() == [7, 7]
+    assert lengths(max_tokens=9) == [9, 9]
+    monkeypatch.setattr(fake_server.engine, "front_end", replace(front_end, default_max_tokens=1000))
+    assert lengths() == [255, plain[1]]
+
+
+def test_a_template_of_the_request_is_used_once_it_is_trusted(
+    client: httpx.Client, fake_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, body = "/v1/chat/completions", {"messages": CHAT, "max_tokens": 1, "return_token_ids": True}
+    template = "{{ greeting }}, {{ messages[0].content }}{{ eos_token }}"
+    own = {"chat_template": template, "chat_template_kwargs": {"greeting": "But soft"}}
+    assert client.post(path, json={**body, **own}).status_code == 400
+    monkeypatch.setattr(fake_server.service, "config", ServerConfig(trust_request_chat_template=True))
+    tokens = ok(client.post(path, json={**body, **own}))["prompt_token_ids"]
+    assert ok(client.post("/tokenize", json={"messages": CHAT, **own}))["tokens"] == tokens
+    eos = ok(client.get("/tokenizer_info"))["eos_token"]
+    prompt = {"prompt": "But soft, Speak" + eos, "add_special_tokens": False}
+    assert ok(client.post("/tokenize", json=prompt))["tokens"] == tokens
+    assert ok(client.post(path, json=body))["prompt_token_ids"] != tokens
+    for bad in ("{{ ''.__class__.__mro__ }}", "{% for a in range(10**9) %}{% endfor %}", "{% if %}", "{{ 1/0 }}"):
+        response = client.post(path, json={**body, "chat_template": bad})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
 
 
 def test_null_means_not_given(client: httpx.Client) -> None:

@@ -159,7 +159,19 @@ def test_a_head_just_under_the_limit_passes(fake_server: Any) -> None:
     assert httpx.get(f"{fake_server.url}/health", headers={"x-long": "a" * 32_000}).status_code == 200
 
 
-@pytest.mark.parametrize("data", [b"nonsense\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"\x80\x04K\x01." * 20 + b"\r\n"])
+TWO_LENGTHS = b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n5\r\n{}   \r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"\x80\x04K\x01." * 20 + b"\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" + TWO_LENGTHS,
+    ],
+    ids=["words", "odd path", "pickle", "two lengths"],
+)
 def test_what_is_no_http_is_400_in_the_envelope(fake_server: Any, data: bytes) -> None:
     with closing(connect(fake_server)) as connection:
         connection.sendall(data)

@@ -26,7 +26,7 @@ def samples(client: httpx.Client) -> dict[tuple[str, str | None], float]:
     """Every sample by name and finished_reason."""
     response = client.get("/metrics")
     assert response.status_code == 200
-    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     found = {}
     for family in text_string_to_metric_families(response.text):
         for sample in family.samples:
@@ -63,6 +63,34 @@ def test_counts_are_exact(client: httpx.Client, until: Any) -> None:
     assert grown("vllm:request_success_total", "stop") == 1
     assert until(lambda: samples(client)["fairlead:num_requests_running", None] == 0)
     assert samples(client)["vllm:kv_cache_usage_perc", None] == 0
+
+
+def test_what_clients_send_stands_in_no_label_and_no_log(
+    client: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    def labels() -> set[tuple[str, ...]]:
+        families = list(text_string_to_metric_families(client.get("/metrics").text))
+        return {(s.name, *s.labels, *s.labels.values()) for family in families for s in family.samples}
+
+    before, canary = labels(), "canary"
+    caplog.set_level("DEBUG")
+    chat = [{"role": "user", "content": canary}]
+    for path, body, status in (
+        ("/v1/completions", {"prompt": canary, "stop": [canary], "cache_salt": canary, "request_id": canary}, 200),
+        ("/v1/chat/completions", {"messages": chat, "max_tokens": 2, "user": canary, "stream": True}, 200),
+        ("/v1/completions", {"prompt": canary, "model": canary}, 404),
+        ("/v1/completions", {"prompt": canary, "temperature": canary}, 400),
+        ("/v1/chat/completions", {"messages": [*chat, {"role": "user"}]}, 400),
+        ("/v1/completions", {"prompt": [1003], "max_tokens": 90, "user": canary}, 500),
+        ("/tokenize", {"prompt": canary}, 200),
+    ):
+        response = client.post(path, json=body, headers={"x-request-id": canary})
+        assert response.status_code == status, response.text
+    assert labels() == before
+    clients_own = ("httpx", "httpcore")
+    lines = [caplog.handler.format(record) for record in caplog.records if not record.name.startswith(clients_own)]
+    assert any("/v1/completions" in line for line in lines)
+    assert [line for line in lines if canary in line] == []
 
 
 def test_every_series_of_the_table_is_exposed_under_its_prefixes(serving: Any) -> None:

@@ -14,6 +14,10 @@ def test_a_request_id_is_echoed_and_becomes_part_of_the_answers_id(client: httpx
     response = client.post("/v1/completions", json=BODY, headers={"x-request-id": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"
     assert response.json()["id"] == "cmpl-mine-1"
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "stream": True}
+    response = client.post("/v1/chat/completions", json=chat, headers={"x-request-id": "mine-2"})
+    assert response.headers["x-request-id"] == "mine-2"
+    assert '"id":"chatcmpl-mine-2"' in response.text
 
 
 @pytest.mark.parametrize("sent", [None, "", "x" * 200, "a b"])

@@ -181,6 +181,8 @@ def test_the_completions_route_refuses(client: httpx.Client, fields: dict[str, A
         ({"reasoning_effort": "utmost"}, "reasoning_effort"),
         ({"documents": "text"}, "documents"),
         ({"request_id": "a b"}, "request_id"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": 1000, "max_tokens": 5}, "max_completion_tokens"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format"),
     ],

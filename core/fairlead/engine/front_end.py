@@ -15,12 +15,16 @@ from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontEnd:
-    """The part of a model that needs no device. `tokenizer` is None under skip_tokenizer_init."""
+    """The part of a model that needs no device. `tokenizer` is None under skip_tokenizer_init.
+
+    `default_max_tokens` is the max_tokens of `default_sampling_params` where the model's own files set it, else None.
+    """
 
     tokenizer: Tokenizer | None
     chat_template: str | None
     eos_token_ids: tuple[int, ...]
     default_sampling_params: SamplingParams
+    default_max_tokens: int | None = None
 
     @classmethod
     def open(cls, config: EngineConfig) -> "FrontEnd":
@@ -32,21 +36,22 @@ class FrontEnd:
             tokenizer = load_tokenizer(model.tokenizer or checkpoint.directory, revision=model.revision)
             _check_vocabulary(tokenizer, checkpoint)
         own_eos = () if tokenizer is None else tokenizer.eos_token_ids
-        use_defaults = model.generation_config == "auto"
+        given = checkpoint.sampling_defaults() if model.generation_config == "auto" else {}
         return cls(
             tokenizer=tokenizer,
             chat_template=None if model.chat_template is None else _read_template(model.chat_template),
             eos_token_ids=tuple(dict.fromkeys((*checkpoint.eos_token_ids, *own_eos))),
-            default_sampling_params=_sampling_defaults(checkpoint) if use_defaults else SamplingParams(),
+            default_sampling_params=_sampling_defaults(given),
+            default_max_tokens=given.get("max_tokens"),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt. Raises RequestError without a tokenizer."""
         return self._tokenizer().encode(text, add_special_tokens=add_special_tokens)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a prompt that came as token ids. Raises RequestError without a tokenizer."""
-        return self._tokenizer().decode(token_ids)
+        return self._tokenizer().decode(token_ids, skip_special_tokens=skip_special_tokens)
 
     def encode_chat(self, messages: list[dict[str, Any]], options: ChatOptions | None = None) -> ChatPrompt:
         """A chat as text and token ids. Raises RequestError without a tokenizer or a fitting template."""
@@ -54,7 +59,7 @@ class FrontEnd:
         return encode_chat(
             self._tokenizer(),
             messages,
-            template=self.chat_template,
+            template=options.template or self.chat_template,
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
             template_kwargs=options.template_kwargs,
@@ -123,9 +128,9 @@ def _read_template(path: str) -> str:
         raise ConfigError(f"chat_template {path!r} cannot be read: {error}") from error
 
 
-def _sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
+def _sampling_defaults(given: dict[str, Any]) -> SamplingParams:
     try:
-        return SamplingParams(**checkpoint.sampling_defaults())
+        return SamplingParams(**given)
     except RequestError as error:
         raise ConfigError(f"generation_config.json: {error}; --generation-config fairlead ignores that file") from error
 

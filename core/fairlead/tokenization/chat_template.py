@@ -33,12 +33,16 @@ class ChatPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions:
-    """How messages become a prompt. `template_kwargs` are variables that the template may read."""
+    """How messages become a prompt. `template_kwargs` are variables that the template may read.
+
+    `template` is a Jinja source that replaces every other one. It is a program: it must come from somebody trusted.
+    """
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool = False
+    template: str | None = None
 
 
 def render_chat(

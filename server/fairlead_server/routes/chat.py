@@ -109,7 +109,8 @@ def router(service: Service) -> APIRouter:
         body.check()
         params = body.sampling_params(service.engine.default_sampling_params)
         prompt = await service.engine.encode_chat(
-            [message.for_template() for message in body.messages], body.chat_options()
+            [message.for_template() for message in body.messages],
+            body.chat_options(trusts_template=service.config.trust_request_chat_template),
         )
         request = service.request(prompt.token_ids, params, body, default_max_tokens=None)
         answer = ChatCompletion(service, body, http.state.request_id)

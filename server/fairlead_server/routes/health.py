@@ -1,7 +1,8 @@
 """GET /health and its kin, /ping, /version, /load and /metrics."""
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from fairlead import __version__
 from fairlead_server import metrics
@@ -44,6 +45,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/metrics")
     async def get_metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        # The version that every scraper knows; 1.0.0, the library's latest, adds nothing but names that need quotes.
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return routes
