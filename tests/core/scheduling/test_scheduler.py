@@ -376,7 +376,7 @@ def test_gauges_follow_the_queues() -> None:
     assert (stats.num_requests_running, stats.num_requests_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert (stats.num_prompt_tokens, stats.num_generation_tokens, stats.num_preemptions) == (11, 5, 0)
     assert stats.num_steps == 3
-    # a's prompt; a's second token beside the last of the prompt, from which its sibling starts; the sibling's, b's prompt
+    # a's prompt; a's second token beside the prompt's last, where its sibling starts; the sibling's second, b's prompt
     assert stats.num_scheduled_tokens == 10 + 2 + 2
 
 
