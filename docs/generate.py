@@ -114,8 +114,9 @@ imports `vllm` itself, such as LangChain's `VLLM` class, runs after `import fair
 | `vllm serve MODEL` | `fairlead serve MODEL` |
 | `python -m vllm.entrypoints.openai.api_server --model MODEL` | `python -m fairlead_server --model MODEL` |
 | `vllm chat`, `vllm complete` | `fairlead chat`, `fairlead complete` |
-| `vllm bench serve`, `latency` | `fairlead bench serve`, `latency` |
+| `vllm bench serve`, `latency`, `throughput` | `fairlead bench serve`, `latency`, `throughput` |
 | `from vllm import LLM, SamplingParams` | `from fairlead import LLM, SamplingParams` |
+| `from vllm.sampling_params import` … | `from fairlead.sampling_params import` … |
 | `VLLM_API_KEY=KEY` | `FAIRLEAD_API_KEY=KEY` |
 | `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar` in a request | the same, or `structured_outputs` |
 """

@@ -90,8 +90,8 @@ _FEATURES: Mapping[str, tuple[str, ...]] = {  # name, or name:short; a switch en
     ),
     "a revision of one part of a checkpoint": ("tokenizer_revision", "code_revision"),
     "tuning of compilation and graphs": (
-        *("compilation_config:cc", "optimization_level:O", "max_seq_len_to_capture", "cuda_graph_sizes"),
-        *("cudagraph_capture_sizes", "max_cudagraph_capture_size", "attention_config:ac", "additional_config"),
+        *("compilation_config:cc", "optimization_level:O", "max_seq_len_to_capture"),
+        *("attention_config:ac", "additional_config"),
     ),
     "a logits processor of one's own": ("logits_processors", "logits_processor_pattern"),
     "a middleware of one's own": ("middleware",),

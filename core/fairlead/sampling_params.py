@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from fairlead.errors import RequestError
 from fairlead.sampling.structured.params import StructuredOutputParams as StructuredOutputParams
 
+StructuredOutputsParams = StructuredOutputParams  # vLLM's spelling of it
+
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 64
