@@ -7,8 +7,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from fairlead.awaited import ACCEPTED, AWAITED, TRUST_REMOTE_CODE, Awaited
-from fairlead.config import EngineConfig, ServerConfig, Setting, engine_settings, settings_of
+from fairlead.config import (
+    ACCEPTED,
+    AWAITED,
+    TRUST_REMOTE_CODE,
+    Awaited,
+    EngineConfig,
+    ServerConfig,
+    Setting,
+    engine_settings,
+    settings_of,
+)
 from fairlead.request import SamplingParams
 from fairlead_server.cli_options import server_settings
 from fairlead_server.metrics import SERIES

@@ -9,7 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
-from fairlead.awaited import absorbed
+from fairlead.awaited import ACCEPTED as ACCEPTED
+from fairlead.awaited import AWAITED as AWAITED
+from fairlead.awaited import TRUST_REMOTE_CODE as TRUST_REMOTE_CODE
+from fairlead.awaited import Awaited as Awaited
+from fairlead.awaited import absorbed as absorbed
 from fairlead.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -21,6 +25,7 @@ AWAITED_QUANTIZATIONS = (  # of checkpoints that others have rounded; they wait 
     *("squeezellm", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "bitsandbytes", "gguf", "quark", "torchao"),
 )
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+_NO_CHOICE = ("auto",)  # how others spell that the device is left to the platform
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -174,8 +179,7 @@ class PlatformConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op_providers", tuple(self.op_providers))
-        if self.device == "auto":
-            object.__setattr__(self, "device", None)
+        object.__setattr__(self, "device", self.device if self.device not in _NO_CHOICE else None)
         for item in self.op_providers:
             if item.count("=") != 1:
                 raise ConfigError(f"op_providers takes OP=PROVIDER, got {item!r}")

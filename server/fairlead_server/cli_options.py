@@ -18,8 +18,7 @@ from typing import Any, Union, get_args, get_origin
 import msgspec
 import typer
 
-from fairlead.awaited import absorbed
-from fairlead.config import EngineConfig, ServerConfig, Setting, engine_settings, settings_of
+from fairlead.config import EngineConfig, ServerConfig, Setting, absorbed, engine_settings, settings_of
 from fairlead.errors import ConfigError
 
 PANELS = {

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from fairlead.awaited import ACCEPTED, AWAITED, TRUST_REMOTE_CODE, Awaited
+from fairlead.config import ACCEPTED, AWAITED, TRUST_REMOTE_CODE, Awaited
 from fairlead.errors import ConfigError
 
 SHORT_FLAGS: Mapping[str, str] = {"q": "quantization"}

@@ -14,8 +14,7 @@ import pytest
 
 import fairlead
 from fairlead import demo
-from fairlead.awaited import ACCEPTED
-from fairlead.config import ServerConfig, engine_settings, settings_of
+from fairlead.config import ACCEPTED, ServerConfig, engine_settings, settings_of
 from fairlead.errors import ConfigError
 from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_server import cli

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from fairlead.awaited import ACCEPTED, AWAITED, absorbed
-from fairlead.config import EngineConfig, ServerConfig, engine_settings, settings_of
+from fairlead.config import ACCEPTED, AWAITED, EngineConfig, ServerConfig, absorbed, engine_settings, settings_of
 from fairlead.errors import ConfigError
 from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_server import cli
