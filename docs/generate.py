@@ -7,10 +7,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from fairlead.config import AWAITED, EngineConfig, ServerConfig, Setting, engine_settings, settings_of
+from fairlead.config import (
+    ACCEPTED,
+    AWAITED,
+    TRUST_REMOTE_CODE,
+    Awaited,
+    EngineConfig,
+    ServerConfig,
+    Setting,
+    engine_settings,
+    settings_of,
+)
 from fairlead.request import SamplingParams
-from fairlead_server.cli_options import ACCEPTED, ENABLE_METRICS, server_settings
+from fairlead_server.cli_options import server_settings
 from fairlead_server.metrics import SERIES
+from fairlead_server.vllm_flags import AWAITED_COMMANDS, REPLACED, SHORT_FLAGS
 
 FOLDER = Path(__file__).parent
 
@@ -112,8 +123,9 @@ imports `vllm` itself, such as LangChain's `VLLM` class, runs after `import fair
 | `vllm serve MODEL` | `fairlead serve MODEL` |
 | `python -m vllm.entrypoints.openai.api_server --model MODEL` | `python -m fairlead_server --model MODEL` |
 | `vllm chat`, `vllm complete` | `fairlead chat`, `fairlead complete` |
-| `vllm bench serve`, `latency` | `fairlead bench serve`, `latency` |
+| `vllm bench serve`, `latency`, `throughput` | `fairlead bench serve`, `latency`, `throughput` |
 | `from vllm import LLM, SamplingParams` | `from fairlead import LLM, SamplingParams` |
+| `from vllm.sampling_params import` … | `from fairlead.sampling_params import` … |
 | `VLLM_API_KEY=KEY` | `FAIRLEAD_API_KEY=KEY` |
 | `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar` in a request | the same, or `structured_outputs` |
 """
@@ -167,22 +179,35 @@ def _dashed(name: str) -> str:
 def _flags_of_vllm() -> Iterator[str]:
     yield "## Flags"
     yield ""
-    yield "Flags of the same name mean the same. These are spelt otherwise here, change nothing, or wait for a feature:"
+    yield "Flags of the same name mean the same, with underscores for dashes, too; sizes may be in thousands (`16k` is"
+    yield "16,000, `16K` is 16,384). Arguments of `LLM`, keys of `--config` files and `FAIRLEAD_*` variables follow the"
+    yield "same table. The flags in it are spelt otherwise here, change nothing, or wait for a feature: one of the last"
+    yield "kind ends the command with exit code 2 and one line that says so."
     yield ""
     yield "| vLLM's | Here |"
     yield "|---|---|"
     for setting in (*engine_settings(), *server_settings()):
         for alias in setting.aliases:
             yield f"| `--{_dashed(alias)}` | the same as `--{_dashed(setting.name)}` |"
-    yield f"| `--{_dashed(ENABLE_METRICS)}` | the same as `--metrics-compat vllm-legacy` |"
-    for name in ACCEPTED:
-        yield f"| `--{_dashed(name)}` | accepted; it changes nothing |"
-    known = {setting.name for setting in engine_settings()}
-    for awaited in AWAITED:
-        if awaited.name not in known:
-            short = f", `-{awaited.short}`" if awaited.short else ""
-            neutral = "" if awaited.neutral in (None, False) else f"; `{awaited.neutral}` is accepted"
-            yield f"| `--{_dashed(awaited.name)}`{short} | not there yet: {awaited.feature}{neutral} |"
+    for short, name in SHORT_FLAGS.items():
+        yield f"| `-{short}` | the same as `--{_dashed(name)}` |"
+    for name, flags in REPLACED.items():
+        yield f"| `--{_dashed(name)}` | the same as `{' '.join(flags)}` |"
+    yield f"| {', '.join(f'`--{_dashed(name)}`' for name in ACCEPTED)} | accepted; they change nothing |"
+    yield f"| `--{_dashed(TRUST_REMOTE_CODE)}` | accepted; no code of a checkpoint is ever run |"
+    for feature in sorted({awaited.feature for awaited in AWAITED}):
+        waiting = ", ".join(_awaited_flag(awaited) for awaited in AWAITED if awaited.feature == feature)
+        yield f"| {waiting} | not there yet: {feature} |"
+    for command, feature in AWAITED_COMMANDS.items():
+        yield f"| `vllm {command}` | not there yet: {feature.rpartition(' ')[0]} |"
+
+
+def _awaited_flag(awaited: Awaited) -> str:
+    """A flag that waits, with its short form and the values that it may have until then."""
+    short = f", `-{awaited.short}`" if awaited.short else ""
+    values = dict.fromkeys(f"`{value}`" for value in awaited.neutral if not isinstance(value, float))
+    neutral = "" if awaited.is_switch or not values else f" (but for {' or '.join(values)})"
+    return f"`--{_dashed(awaited.name)}`{short}{neutral}"
 
 
 def _parameters() -> Iterator[str]:

@@ -9,6 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
+from fairlead.awaited import ACCEPTED as ACCEPTED
+from fairlead.awaited import AWAITED as AWAITED
+from fairlead.awaited import TRUST_REMOTE_CODE as TRUST_REMOTE_CODE
+from fairlead.awaited import Awaited as Awaited
+from fairlead.awaited import absorbed as absorbed
 from fairlead.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -20,49 +25,8 @@ AWAITED_QUANTIZATIONS = (  # of checkpoints that others have rounded; they wait 
     *("squeezellm", "fbgemm_fp8", "modelopt", "modelopt_fp4", "mxfp4", "bitsandbytes", "gguf", "quark", "torchao"),
 )
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+_NO_CHOICE = ("auto",)  # how others spell that the device is left to the platform
 _DTYPE_ALIASES = {"half": "float16", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Awaited:
-    """A setting that others have and that waits for its feature: it may be given at its neutral value alone."""
-
-    name: str
-    neutral: object
-    feature: str
-    short: str | None = None
-
-    def check(self, value: object) -> None:
-        """Raises ConfigError on any other value than the neutral one; text, as a flag has it, is compared as text."""
-        if value is not None and str(value).lower() != str(self.neutral).lower():
-            hint = "leave it out" if self.neutral is None else f"leave it out or give {self.neutral}"
-            raise ConfigError(f"{self.name}={value!r:.60}: {self.feature} is not there yet; {hint}")
-
-
-_PARALLEL, _SPECULATION, _ADAPTERS = "parallelism above 1", "speculative decoding", "serving of LoRA adapters"
-_TOOLS, _REASONING, _SLEEP = "tool calling", "parsing of reasoning", "sleep mode"
-AWAITED = (
-    Awaited(name="tensor_parallel_size", neutral=1, feature=_PARALLEL, short="tp"),
-    Awaited(name="pipeline_parallel_size", neutral=1, feature=_PARALLEL, short="pp"),
-    Awaited(name="data_parallel_size", neutral=1, feature=_PARALLEL, short="dp"),
-    Awaited(name="enable_expert_parallel", neutral=False, feature=_PARALLEL),
-    Awaited(name="speculative_config", neutral=None, feature=_SPECULATION),
-    Awaited(name="speculative_model", neutral=None, feature=_SPECULATION),
-    Awaited(name="num_speculative_tokens", neutral=None, feature=_SPECULATION),
-    Awaited(name="enable_lora", neutral=False, feature=_ADAPTERS),
-    Awaited(name="lora_modules", neutral=None, feature=_ADAPTERS),
-    Awaited(name="max_loras", neutral=None, feature=_ADAPTERS),
-    Awaited(name="max_lora_rank", neutral=None, feature=_ADAPTERS),
-    Awaited(name="enable_auto_tool_choice", neutral=False, feature=_TOOLS),
-    Awaited(name="tool_call_parser", neutral=None, feature=_TOOLS),
-    Awaited(name="enable_reasoning", neutral=False, feature=_REASONING),
-    Awaited(name="reasoning_parser", neutral=None, feature=_REASONING),
-    Awaited(name="enable_sleep_mode", neutral=False, feature=_SLEEP),
-    Awaited(name="tokenizer_mode", neutral="auto", feature="another tokenizer mode"),
-    Awaited(name="trust_remote_code", neutral=False, feature="running code of a checkpoint"),
-    Awaited(name="cpu_offload_gb", neutral=0, feature="offloading of weights"),
-    Awaited(name="enable_prompt_embeds", neutral=False, feature="prompts as embeddings"),
-)
 
 
 def setting(
@@ -206,13 +170,16 @@ class PlatformConfig:
     platform: str | None = setting(
         None, "Platform plugin, as `fairlead platforms` lists it; the best one if not given."
     )
-    device: str | None = setting(None, "Device of that platform, such as 'cpu:0'; its first one if not given.")
+    device: str | None = setting(
+        None, "Device of that platform, such as 'cpu:0'; its first one if not given, or if it is the platform's name."
+    )
     attention_backend: str | None = setting(None, "Attention backend of the platform, by name.")
     enforce_eager: bool = setting(False, "Run every step as it comes, and capture none as a graph.")
     op_providers: tuple[str, ...] = setting((), "Providers of single ops as OP=PROVIDER, such as rms_norm=reference.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "op_providers", tuple(self.op_providers))
+        object.__setattr__(self, "device", self.device if self.device not in _NO_CHOICE else None)
         for item in self.op_providers:
             if item.count("=") != 1:
                 raise ConfigError(f"op_providers takes OP=PROVIDER, got {item!r}")
@@ -229,13 +196,14 @@ class EngineConfig:
 
     @classmethod
     def of(cls, **settings: Any) -> "EngineConfig":
-        """Builds a config from flat setting names or their aliases; raises ConfigError on an unknown name."""
+        """Builds a config from flat setting names or their aliases; raises ConfigError on an unknown name.
+
+        Names of vLLM's that change nothing here are taken; those that wait for a feature are refused by name.
+        """
         sections: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(cls)}
         homes = {name: s for s in engine_settings() for name in (s.name, *s.aliases)}
-        awaited = {a.name: a for a in AWAITED if a.name not in homes}
         for name, value in settings.items():
-            if name in awaited:
-                awaited[name].check(value)
+            if name not in homes and absorbed(name, value):
                 continue
             if name not in homes:
                 close = difflib.get_close_matches(name, homes, n=1)
@@ -293,6 +261,7 @@ class ServerConfig:
     )
     log_format: str = setting("text", "text or json, a line each, on standard error.")
     log_level: str = setting("info", "debug, info, warning or error.", aliases=("uvicorn_log_level",))
+    access_log: bool = setting(True, "Log a line for every request, but for probes, from level info on.")
 
     def __post_init__(self) -> None:
         for name in ("served_model_name", "api_key", "cors_origins", "cors_methods", "cors_headers"):

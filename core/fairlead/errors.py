@@ -6,6 +6,7 @@
     │   ├── ModelNotFoundError            no such directory, no config.json, no weights
     │   ├── CheckpointError               a file of it is broken (names file and tensor)
     │   ├── UnsupportedModelError         no model class for its architecture (lists those there are)
+    │   │   └── AwaitedFormatError        its weights are rounded, which nothing reads yet (a ConfigError too)
     │   └── ModelMemoryError              it does not fit into memory (names needed, available, what to do)
     ├── PluginError                       a platform plugin is unusable
     │   ├── PluginContractError           it broke the contract (names plugin, hook, expected, got)
@@ -45,6 +46,10 @@ class CheckpointError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """No model class serves this architecture or one of its settings; the message lists what is served."""
+
+
+class AwaitedFormatError(UnsupportedModelError, ConfigError):
+    """A checkpoint's weights are rounded in a published format, none of which is read yet."""
 
 
 class ModelMemoryError(ModelError):

@@ -236,12 +236,15 @@ def api_version_accepted(version: object, current: str = PLATFORM_API) -> bool:
 def choose(config: PlatformConfig, records: list[PlatformRecord] | None = None) -> tuple[PlatformRecord, Device]:
     """Picks the platform and device that the config asks for, or the available one of the highest priority.
 
-    Raises PlatformUnavailableError naming the cause. Where none is asked for, a broken plugin is reported on stderr:
-    it is never passed over in silence.
+    A device that has the name of a platform, such as "cpu", is that platform's first one. Where none is asked for, a
+    broken plugin is reported on stderr: it is never passed over in silence.
+
+    Raises PlatformUnavailableError naming the cause.
     """
     records = discover() if records is None else records
-    record = _best(records) if config.platform is None else _by_name(config.platform, records)
-    if config.device is None:
+    named = config.platform or next((r.name for r in records if r.name == config.device), None)
+    record = _best(records) if named is None else _by_name(named, records)
+    if config.device in (None, record.name):
         return record, record.devices[0]
     for device in record.devices:
         if device.name == config.device:

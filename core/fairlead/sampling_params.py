@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from fairlead.errors import RequestError
 from fairlead.sampling.structured.params import StructuredOutputParams as StructuredOutputParams
 
+StructuredOutputsParams = StructuredOutputParams  # vLLM's spelling of it
+
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 64
-MAX_STOP_CHARS = 4096  # each is turned into a table of as many numbers, per sequence
+MAX_STOP_CHARS = 4096  # of one string: so much of a text may be held back until it is sure not to be one
 MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
@@ -114,16 +116,8 @@ class SamplingParams:
         _check(_is_int(self.top_k) and -1 <= self.top_k < 2**31, "top_k", self.top_k, "an integer from -1 to 2^31 - 1")
         if self.seed is not None:
             _check(_is_int(self.seed) and -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        for name, most, longest in (
-            ("stop", MAX_STOP_STRINGS, MAX_STOP_CHARS),
-            ("bad_words", MAX_BAD_WORDS, MAX_BAD_WORD_CHARS),
-        ):
-            texts = getattr(self, name)
-            _check(isinstance(texts, tuple), name, texts, "a list of strings")
-            _check(len(texts) <= most, name, len(texts), f"at most {most} strings")
-            for text in texts:
-                _check(isinstance(text, str) and text != "", name, text, "strings that are not empty")
-                _check(len(text) <= longest, name, text, f"strings of at most {longest} characters")
+        self._check_texts("stop", MAX_STOP_STRINGS, MAX_STOP_CHARS)
+        self._check_texts("bad_words", MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
         self._check_token_ids()
         if self.max_tokens is not None:
             _check(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
@@ -162,6 +156,14 @@ class SamplingParams:
         if isinstance(bias, Mapping):
             _check(len(bias) <= MAX_LOGIT_BIAS, "logit_bias", len(bias), f"at most {MAX_LOGIT_BIAS} entries")
             object.__setattr__(self, "logit_bias", {_as_int(key): value for key, value in bias.items()} or None)
+
+    def _check_texts(self, name: str, most: int, most_chars: int) -> None:
+        texts = getattr(self, name)
+        _check(isinstance(texts, tuple), name, texts, "a list of strings")
+        _check(len(texts) <= most, name, len(texts), f"at most {most} strings")
+        for text in texts:
+            _check(isinstance(text, str) and text != "", name, text, "strings that are not empty")
+            _check(len(text) <= most_chars, name, text, f"strings of at most {most_chars} characters")
 
     def _check_token_ids(self) -> None:
         want = "token ids from 0 to 2^31 - 1"

@@ -2,9 +2,11 @@
 
 import hashlib
 import hmac
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fairlead.config import ServerConfig
@@ -29,11 +31,20 @@ def read_keys(config: ServerConfig) -> tuple[str, ...]:
     return (*config.api_key, *keys)
 
 
+def tenant_of(http: HTTPConnection) -> str:
+    """Whose request it is, as a name that is made anew by every server; empty where no key was asked for."""
+    return str(getattr(http.state, "tenant", ""))
+
+
 class Keys:
-    """Asks for a key on every path, whatever its spelling or method, but for those that are named as open."""
+    """Asks for a key on every path, whatever its spelling or method, but for those that are named as open.
+
+    `request.state.tenant` tells apart who came with which key. It holds nothing of the key.
+    """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], open_paths: frozenset[bytes]) -> None:
         self._app, self._open_paths = app, open_paths
+        self._secret = secrets.token_bytes(32)
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,6 +69,8 @@ class Keys:
             else:
                 continue
             if sum(hmac.compare_digest(shown, digest) for digest in self._digests):  # all of them, whichever fits
+                tenant = hmac.digest(self._secret, shown, "sha256").hex()
+                scope.setdefault("state", {})["tenant"] = tenant
                 return True
         return False
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import traceback
 from typing import Annotated, Any, NoReturn
@@ -14,6 +15,7 @@ from fairlead.errors import ConfigError, FairleadError, MissingDependencyError
 from fairlead.plugins import PlatformRecord, discover, providers
 from fairlead_server import commands, platform_commands
 from fairlead_server.cli_options import gather, server_settings, spread_lists, with_options
+from fairlead_server.vllm_flags import command_words, translate
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -174,22 +176,20 @@ def _print_rows(rows: list[tuple[str, ...]]) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Runs a command line and exits: 0, 2 for a wrong command line, 1 for a failure, 130 when interrupted."""
-    arguments = spread_lists(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = typer.main.get_command(app).main(args=arguments, prog_name="fairlead", standalone_mode=False)
+        ours = spread_lists(translate(arguments))
+        status = typer.main.get_command(app).main(args=ours, prog_name="fairlead", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         status = EXIT_INTERRUPTED
     except Exception as error:
-        status = _report(error, debug="--debug" in arguments)
+        status = _report(error, arguments)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _moved(error: Exception) -> str:
-    return "; its place is taken by `fairlead bench serve`" if "api_server_benchmark" in str(error) else ""
-
-
-def _report(error: Exception, *, debug: bool) -> int:
+def _report(error: Exception, arguments: list[str]) -> int:
     """Says in one line what went wrong; returns the exit status."""
+    debug = "--debug" in arguments
     if debug:
         traceback.print_exception(error)
     if isinstance(error, ModuleNotFoundError):
@@ -197,8 +197,7 @@ def _report(error: Exception, *, debug: bool) -> int:
     if isinstance(error, BrokenPipeError):  # whoever read our output has gone
         return EXIT_FAILED
     if isinstance(error, USAGE_ERROR):
-        command = getattr(getattr(error, "ctx", None), "command_path", "fairlead")
-        message, status = f"{error.format_message()}{_moved(error)}; see `{command} --help`", EXIT_USAGE  # type: ignore[attr-defined]
+        message, status = _usage(error, arguments), EXIT_USAGE
     elif isinstance(error, FairleadError):
         message, status = str(error), EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     else:
@@ -206,6 +205,22 @@ def _report(error: Exception, *, debug: bool) -> int:
         message, status = f"{type(error).__name__}: {error}{hint}", EXIT_FAILED
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return status
+
+
+def _usage(error: Any, arguments: list[str]) -> str:
+    """What the parser says of a wrong command line, and where the value came from if not from there."""
+    message = error.format_message().rstrip(".")
+    variable = getattr(getattr(error, "param", None), "envvar", None)
+    flags = getattr(getattr(error, "param", None), "opts", ())
+    if isinstance(variable, str) and variable in os.environ and not any(a.startswith(tuple(flags)) for a in arguments):
+        message += f"; it comes from the environment, where {variable} is set"
+        if os.environ[variable].startswith("tcp://"):
+            message += " (as Kubernetes does for a Service of that name; set enableServiceLinks: false)"
+    if "api_server_benchmark" in message:
+        message += "; its place is taken by `fairlead bench serve`"
+    context = getattr(error, "ctx", None)
+    command = command_words(arguments) if context is None else context.command_path
+    return f"{message}; see `{command} --help`"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,12 @@ Command line, then FAIRLEAD_<SETTING> (the parser knows both), then the file of 
 """
 
 import dataclasses
+import difflib
 import inspect
 import json
+import os
+import re
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +18,7 @@ from typing import Any, Union, get_args, get_origin
 import msgspec
 import typer
 
-from fairlead.config import AWAITED, EngineConfig, ServerConfig, Setting, engine_settings, settings_of
+from fairlead.config import EngineConfig, ServerConfig, Setting, absorbed, engine_settings, settings_of
 from fairlead.errors import ConfigError
 
 PANELS = {
@@ -24,19 +28,7 @@ PANELS = {
     "platform": "Platform",
     "server": "Server",
 }
-_OTHER, _OFF, _AWAITED = "__other", "__off", "__awaited"  # behind a setting's name: parameters of its other spellings
-
-# Old spellings that change nothing here, since what they ask for is how Fairlead is.
-ACCEPTED = (
-    "disable_log_requests",
-    "disable_log_stats",
-    "enable_chunked_prefill",
-    "enable_prompt_tokens_details",
-    "enable_request_id_headers",
-    "enable_tokenizer_info_endpoint",
-    "no_ui",
-)
-ENABLE_METRICS = "enable_metrics"  # an old spelling of --metrics-compat vllm-legacy
+_OTHER, _OFF = "__other", "__off"  # behind a setting's name: parameters of its other spellings
 
 
 def server_settings() -> list[Setting]:
@@ -51,14 +43,11 @@ def with_options(settings: Iterable[Setting]) -> Callable[[Callable[..., None]],
     """
     settings = list(settings)
     parameters = [parameter for setting in settings for parameter in _options(setting)]
-    parameters += [_flag(name, "Accepted; it changes nothing.", hidden=True) for name in ACCEPTED]
-    parameters += _awaited_options({setting.name for setting in settings})
-    if any(setting.name == "metrics_compat" for setting in settings):
-        parameters.append(_flag(ENABLE_METRICS, "The same as --metrics-compat vllm-legacy.", hidden=True))
     parameters.append(
         _parameter("config", str | None, typer.Option(None, help="YAML file of settings.", metavar="FILE"))
     )
-    parameters.append(_flag("debug", "Show the traceback of an error.", hidden=False))
+    debug = typer.Option(False, "--debug", help="Show the traceback of an error.")
+    parameters.append(_parameter("debug", bool, debug))
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command)
@@ -122,31 +111,19 @@ def _options(setting: Setting) -> Iterator[inspect.Parameter]:
         help += f" Default: {shown}."
     environment = f"FAIRLEAD_{setting.name.upper()}"
     panel = PANELS[setting.section]
+    reads: dict[str, Any] = {"parser": whole_number, "metavar": "INTEGER"} if base is int else {}
     yield _parameter(
         setting.name,
         kind,
-        typer.Option(None, f"--{flag}", envvar=environment, show_envvar=False, help=help, rich_help_panel=panel),
+        typer.Option(
+            None, f"--{flag}", envvar=environment, show_envvar=False, help=help, rich_help_panel=panel, **reads
+        ),
     )
     for i, alias in enumerate(setting.aliases):
-        option = typer.Option(None, f"--{alias.replace('_', '-')}", hidden=True)
+        option = typer.Option(None, f"--{alias.replace('_', '-')}", hidden=True, **reads)
         yield _parameter(f"{setting.name}{_OTHER}{i}", kind, option)
     if base is bool:
         yield _parameter(f"{setting.name}{_OFF}", bool, typer.Option(False, f"--no-{flag}", hidden=True))
-
-
-def _awaited_options(settings: set[str]) -> Iterator[inspect.Parameter]:
-    """Options that are refused in one line, unless they ask for what is anyway."""
-    for awaited in AWAITED:
-        if awaited.name not in settings:
-            flags = [f"--{awaited.name.replace('_', '-')}", *([f"-{awaited.short}"] if awaited.short else [])]
-            kind = bool if isinstance(awaited.neutral, bool) else str | None
-            default = False if kind is bool else None
-            help = f"Waits for {awaited.feature}."
-            yield _parameter(f"{awaited.name}{_AWAITED}", kind, typer.Option(default, *flags, help=help, hidden=True))
-
-
-def _flag(name: str, help: str, *, hidden: bool) -> inspect.Parameter:
-    return _parameter(name, bool, typer.Option(False, f"--{name.replace('_', '-')}", help=help, hidden=hidden))
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -180,20 +157,17 @@ def gather(options: Mapping[str, Any], *, positional_model: str | None) -> Setti
     """Lays the command line and the environment over the file of --config. Raises ConfigError."""
     known = [*engine_settings(), *server_settings()]
     sections = {setting.name: setting.section for setting in known}
-    for awaited in AWAITED:
-        awaited.check(options.get(f"{awaited.name}{_AWAITED}") or None)
+    _check_environment(known)
     path = options.get("config")
     values = {} if path is None else _read_file(Path(path), known)
-    if options.get(ENABLE_METRICS):
-        values["metrics_compat"] = "vllm-legacy"
     for key, given in options.items():  # the other spellings of a setting come behind it
         name, _, _ = key.partition(_OTHER)
         if name in sections and given is not None and given != []:
             values[name] = given
         elif key.endswith(_OFF) and given:
             values[key.removesuffix(_OFF)] = False
-    if positional_model is not None:
-        if options.get("model") not in (None, positional_model):
+    if positional_model is not None:  # it beats the environment, whose model the parser gives as --model
+        if options.get("model") not in (None, positional_model, os.environ.get("FAIRLEAD_MODEL")):
             raise ConfigError(f"two models are named: {positional_model!r} and --model {options['model']!r}; give one")
         values["model"] = positional_model
     return Settings(
@@ -213,18 +187,47 @@ def _read_file(path: Path, known: list[Setting]) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path} must hold a mapping of settings, such as 'port: 8080'")
     homes = {name: setting for setting in known for name in (setting.name, *setting.aliases)}
-    awaited = {item.name: item for item in AWAITED if item.name not in homes}
     values = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
-        if name in awaited:
-            awaited[name].check(value)
-            continue
         setting = homes.get(name)
+        if setting is None and absorbed(name, value):
+            continue
         if setting is None:
-            raise ConfigError(f"--config {path}: there is no setting {key!r}; `fairlead serve --help` lists them")
+            hint = _nearest(name, homes) or "; `fairlead serve --help` lists them"
+            raise ConfigError(f"--config {path}: there is no setting {key!r}{hint}")
         try:
+            if _base_type(setting.type) is int and isinstance(value, str):
+                value = whole_number(value)
             values[setting.name] = msgspec.convert(value, setting.type)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"--config {path}: {key}: {error}") from error
+        except (msgspec.ValidationError, typer.BadParameter) as error:
+            reason = error.message if isinstance(error, typer.BadParameter) else str(error)
+            raise ConfigError(f"--config {path}: {key}: {reason}") from error
     return values
+
+
+def whole_number(text: str) -> int:
+    """An integer, or one in thousands as vLLM writes them: 16k is 16,000 and 16K is 16,384. Raises BadParameter."""
+    found = re.fullmatch(r"\s*([+-]?\d+)([kmgtKMGT]?)\s*", text)
+    if found is None:
+        raise typer.BadParameter(f"{text!r:.60} is no whole number")
+    digits, unit = found.groups()
+    power = " kmgt".index(unit.lower()) if unit else 0
+    return int(digits) * int((1024 if unit.isupper() else 1000) ** power)
+
+
+def _check_environment(known: list[Setting]) -> None:
+    """Refuses variables of what is not there yet, and tells of those that look misspelt; no silence about either."""
+    names = {setting.name for setting in known}
+    for variable, value in os.environ.items():
+        name = variable.removeprefix("FAIRLEAD_").lower()
+        if not variable.startswith("FAIRLEAD_") or name in names or absorbed(name, value):
+            continue
+        if near := difflib.get_close_matches(name, names, n=1, cutoff=0.75):
+            hint = f"did you mean FAIRLEAD_{near[0].upper()}?"
+            print(f"warning: {variable} is no setting and changes nothing; {hint}", file=sys.stderr)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

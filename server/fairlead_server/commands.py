@@ -1,5 +1,7 @@
 """Commands beside serve and run, as the command line declares them. What they do stands in their own modules."""
 
+import math
+import os
 from typing import Annotated, Any
 
 import typer
@@ -87,19 +89,28 @@ def remove(
     raise typer.Exit(run(models, cache_dir=download_dir))
 
 
-bench = typer.Typer(help="Measure; the results are JSON on standard output.", no_args_is_help=True)
+bench = typer.Typer(help="Measure; the results are JSON on standard output.")
+
+
+@bench.callback(invoke_without_command=True)
+def show_benchmarks(context: typer.Context) -> None:
+    """Measure; the results are JSON on standard output."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @bench.command("serve")
 def bench_serve(
     url: Annotated[
-        str,
+        str | None,
         typer.Option("--url", "--base-url", envvar="FAIRLEAD_URL", show_envvar=False, help="Address of the server."),
-    ] = LOCAL,
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The server's host, in place of --url.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The server's port, in place of --url.")] = None,
     model: Model = None,
     api_key: Key = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Requests to send.")] = 100,
-    request_rate: Annotated[float, typer.Option(min=0, help="Requests per second; 0 sends all at once.")] = 0,
+    request_rate: Annotated[float, typer.Option(min=0, help="Requests per second; 0 or inf sends all at once.")] = 0,
     max_concurrency: Annotated[int, typer.Option(min=0, help="Requests in flight, at most; 0 is any number.")] = 0,
     input_len: Annotated[
         int, typer.Option("--input-len", "--random-input-len", min=1, help="Tokens per prompt.")
@@ -114,11 +125,11 @@ def bench_serve(
     from fairlead_server.bench import bench_serve as run
 
     status = run(
-        url,
+        _address(url, host, port),
         model=model,
         api_key=api_key,
         num_prompts=num_prompts,
-        request_rate=request_rate,
+        request_rate=0 if math.isinf(request_rate) else request_rate,
         max_concurrency=max_concurrency,
         input_len=input_len,
         output_len=output_len,
@@ -154,6 +165,15 @@ def bench_latency(
         profile=profile,
     )
     raise typer.Exit(status)
+
+
+def _address(url: str | None, host: str | None, port: int | None) -> str:
+    if host is None and port is None:
+        return url or LOCAL
+    if url is not None and url != os.environ.get("FAIRLEAD_URL"):
+        raise ConfigError(f"--url and {'--port' if host is None else '--host'} both say where the server is; give one")
+    host = host or "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port or 8000}"
 
 
 def _one(prompt: str | None, quick: str | None) -> str | None:

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 from fairlead.errors import ConfigError, FairleadError
 
+MAX_ERROR_BYTES = 4096  # of an answer that is none
+
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
@@ -98,7 +100,7 @@ async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:
     while (await reader.readline()).strip():
         pass
     if status != 200:
-        answer.error = f"status {status}"
+        answer.error = f"status {status}: {_message(await reader.read(MAX_ERROR_BYTES))}"
         return
     last = b""
     while line := await reader.readline():
@@ -112,6 +114,14 @@ async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:
         last = line
         answer.times.append(time.perf_counter())
     answer.error = "the stream ended early"
+
+
+def _message(body: bytes) -> str:
+    """What an error's envelope says, or else its bytes."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return body[:200].decode(errors="replace")
 
 
 async def generate_load(

@@ -214,7 +214,7 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         ws="none",
         lifespan="off",
         log_config=None,
-        access_log=config.log_level in ("debug", "info"),
+        access_log=config.access_log and config.log_level in ("debug", "info"),
         timeout_graceful_shutdown=GRACE_S,
         server_header=False,
         ssl_certfile=config.ssl_certfile,

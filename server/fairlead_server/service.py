@@ -61,15 +61,24 @@ class Service:
         return Generation(self, requests)
 
     def request(
-        self, prompt: list[int], params: SamplingParams, body: GenerationBody, *, default_max_tokens: int | None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        body: GenerationBody,
+        *,
+        tenant: str,
+        default_max_tokens: int | None,
     ) -> Request:
         """Makes the engine's request. Where params.max_tokens is None, the model's own default holds, or else
         `default_max_tokens`, or else the rest of the context; each as far as it fits.
 
+        Tenants share no cached prefix, or one could tell from the times what another has asked.
+
         Raises RequestError if the model can never run it: prompt and asked max_tokens must fit the context together.
         """
         limit = self.engine.info.max_model_len
-        request = self.engine.request(prompt, params, cache_salt=body.cache_salt or "", priority=body.priority or 0)
+        salt = f"{tenant}\0{body.cache_salt or ''}" if tenant else body.cache_salt or ""
+        request = self.engine.request(prompt, params, cache_salt=salt, priority=body.priority or 0)
         num_prompt = len(request.prompt_token_ids)
         room = limit - num_prompt
         if params.max_tokens is None:

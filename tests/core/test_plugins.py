@@ -126,6 +126,18 @@ def test_a_device_is_chosen_by_name() -> None:
         choose(PlatformConfig(platform="cpu", device="cpu:2"), [record("cpu")])
 
 
+def test_a_device_named_like_a_platform_is_that_platforms_first_one() -> None:
+    records = [record("far", priority=100), record("cpu", priority=0), record("off", "unavailable")]
+    for config in (PlatformConfig(device="cpu"), PlatformConfig(platform="cpu", device="cpu")):
+        chosen, device = choose(config, records)
+        assert (chosen.name, device.name) == ("cpu", "cpu:0")
+    with pytest.raises(PlatformUnavailableError, match=r"'off' .* is unavailable: off has its reason"):
+        choose(PlatformConfig(device="off"), records)
+    with pytest.raises(PlatformUnavailableError, match=r"'far' has no device 'cpu'"):
+        choose(PlatformConfig(platform="far", device="cpu"), records)
+    assert PlatformConfig(device="auto") == PlatformConfig()
+
+
 def test_the_allowlist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FAIRLEAD_PLUGINS", raising=False)
     assert allowlist() is None

@@ -114,6 +114,28 @@ def test_all_keys_are_compared_whichever_fits(monkeypatch: pytest.MonkeyPatch) -
     assert not keys._may_pass({"headers": [(b"x-api-key", b"d")]})
 
 
+def test_tenants_share_no_cached_prefix(keyed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal prompts of different keys, or of different salts, have different roots; equal ones share theirs."""
+    salts: list[str] = []
+    submit = keyed.engine.submit
+    monkeypatch.setattr(
+        keyed.engine, "submit", lambda request, **rest: salts.append(request.cache_salt) or submit(request, **rest)
+    )
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": {"prompt": [300], "max_tokens": 1},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+    }
+    with httpx.Client(base_url=keyed.url) as client:
+        for path, body in bodies.items():
+            for header in ({"authorization": "Bearer two"}, {"x-api-key": "two"}, {"x-api-key": "from-file"}):
+                for salt in ({}, {"cache_salt": "mine"}):
+                    assert client.post(path, json=body | salt, headers=header).status_code == 200
+    first, salted, *_ = salts
+    assert salts == [first, salted, first, salted, *salts[4:6]] * 2
+    assert len(set(salts)) == 4
+    assert not [salt for salt in salts if "two" in salt or "from-file" in salt]
+
+
 def test_metrics_are_open_by_choice_only(keyed: Any, serving: Serving) -> None:
     assert status(keyed, "GET", "/metrics") == 401
     with serving(ServerConfig(api_key=("k",), metrics_without_key=True)) as server:

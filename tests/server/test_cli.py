@@ -14,11 +14,11 @@ import pytest
 
 import fairlead
 from fairlead import demo
-from fairlead.config import ServerConfig, engine_settings, settings_of
+from fairlead.config import ACCEPTED, ServerConfig, engine_settings, settings_of
 from fairlead.errors import ConfigError
 from fairlead.testing.tiny_model import write_tiny_llama
 from fairlead_server import cli
-from fairlead_server.cli_options import ACCEPTED, gather, spread_lists
+from fairlead_server.cli_options import gather, spread_lists
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -75,7 +75,6 @@ def no_serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
         (["serve", "demo", "--speculative-model", "x", "--num-speculative-tokens", "5"], "speculative decoding is not"),
         (["serve", "demo", "--speculative-config", '{"method": "ngram"}'], "speculative decoding is not there yet"),
         (["serve", "demo", "--enable-sleep-mode"], "sleep mode is not there yet"),
-        (["serve", "demo", "--trust-remote-code"], "running code of a checkpoint is not there yet"),
         (["serve", "demo", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"], "tool calling is not there"),
         (["serve", "demo", "--ssl-keyfile", "x"], "need ssl_certfile"),
         (["serve", "demo", "--ssl-certfile", "/nowhere.pem"], "ssl_certfile /nowhere.pem cannot be used"),
@@ -208,7 +207,9 @@ def test_the_layers(
     ("text", "expected"),
     [
         ("prt: 1", "there is no setting 'prt'"),
-        ("port: abc", "port: Expected `int`"),
+        ("port: abc", "port: 'abc' is no whole number"),
+        ("port: [1]", "port: Expected `int`"),
+        ("max_num_seq: 1", "did you mean 'max_num_seqs'?"),
         ("- a", "must hold a mapping"),
         ("a: [", "cannot be read"),
         ("op_providers: x", "op_providers: Expected `array`"),

@@ -76,7 +76,11 @@ def test_a_conversation_at_the_terminal_goes_on(
         (["chat", "Hi", "--url", "URL", "--max-tokens", "0"], 1, "answered 400: max_tokens"),
         (["bench", "serve", "--url", "http://127.0.0.1:1"], 1, "cannot be reached"),
         (["bench", "serve", "--url", "ftp://x"], 2, "must begin with http"),
-        (["bench", "serve", "--url", "URL", "--model", "gpt"], 1, "no request succeeded; the first one: status 404"),
+        (
+            ["bench", "serve", "--url", "URL", "--model", "gpt"],
+            1,
+            "the first one: status 404: The model `gpt`",
+        ),
     ],
 )
 def test_a_failure_is_one_line(

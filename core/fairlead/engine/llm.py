@@ -21,8 +21,6 @@ Prompt = str | list[int] | Mapping[str, Any]
 Message = dict[str, Any]
 """One chat message: {"role": ..., "content": ...}."""
 
-_ACCEPTED = ("trust_remote_code", "disable_log_stats", "enable_chunked_prefill")
-
 
 class LLM:
     """Loads a model and generates from it; the arguments are vLLM's, and any other setting of EngineConfig.
@@ -32,8 +30,6 @@ class LLM:
     """
 
     def __init__(self, model: str = "demo", **settings: Any) -> None:
-        for name in _ACCEPTED:
-            settings.pop(name, None)
         self.config = EngineConfig.of(model=str(model), **settings)
         self.front_end = FrontEnd.open(self.config)
         self.engine = EngineCore(self.config)

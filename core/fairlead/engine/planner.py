@@ -23,7 +23,7 @@ from fairlead.engine.negotiation import (
     refusal,
     step_reasons,
 )
-from fairlead.errors import ConfigError, KVCacheMemoryError, ModelMemoryError
+from fairlead.errors import CheckpointError, ConfigError, KVCacheMemoryError, ModelMemoryError
 from fairlead.interface import UNQUANTIZED, AttentionBackend, AttentionSpec, GraphRunner, Platform
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext
@@ -34,6 +34,8 @@ from fairlead.ops.graph import PassThrough
 from fairlead.ops.table import choose_providers
 from fairlead.request import EngineInfo
 from fairlead.scheduling.block_manager import CacheGroup, blocks_per_sequence
+
+STORED_DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")  # what a config.json may name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +241,9 @@ def negotiate(
     dtype = config.model.dtype
     if dtype == "auto":
         stored = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        if stored not in STORED_DTYPES:
+            known = ", ".join(STORED_DTYPES)
+            raise CheckpointError(f"config.json: dtype {stored!r:.60} is none of {known}; give another with --dtype")
         dtype = stored if stored in capabilities.dtypes else defaults.dtype
     if dtype not in capabilities.dtypes:
         reasons.append(f"dtype {dtype} (it has {', '.join(capabilities.dtypes)})")

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fairlead.errors import CheckpointError, UnsupportedModelError
+from fairlead.config import QUANTIZATIONS
+from fairlead.errors import AwaitedFormatError, CheckpointError, UnsupportedModelError
 
 # Far above any model, so that a broken config.json can neither make modules for ever nor overflow a size in bytes.
 _MAX_SIZE, _MAX_LAYERS, _MAX_HEADS, _MAX_HEAD_SIZE = 2**24, 2**12, 2**12, 2**12
@@ -116,6 +117,17 @@ def refuse(config: Mapping[str, Any], key: str, *served: object) -> None:
     if value is not None and value not in served:
         instead = ", ".join(map(repr, served)) or "leaving it out"
         raise UnsupportedModelError(f"config.json: {key} {value!r} is not supported here; supported: {instead}")
+
+
+def refuse_rounded_weights(config: Mapping[str, Any]) -> None:
+    """Raises AwaitedFormatError for a checkpoint whose weights others have rounded (GPTQ, AWQ, FP8, ...)."""
+    found = config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise AwaitedFormatError(
+            f"config.json: quantization_config has quant_method {method!r:.60}: published quantisation formats are not "
+            f"there yet; take the checkpoint that was not rounded, with --quantization {' or '.join(QUANTIZATIONS)}"
+        )
 
 
 def renamed(config: Mapping[str, Any], **names: str) -> dict[str, Any]:

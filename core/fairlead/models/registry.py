@@ -9,7 +9,7 @@ import torch
 from fairlead import plugins
 from fairlead.errors import PluginError, UnsupportedModelError
 from fairlead.layers.context import BuildContext, Step
-from fairlead.models.config import ModelShape, refuse
+from fairlead.models.config import ModelShape, refuse_rounded_weights
 
 ARCHITECTURES = {
     "BaiChuanForCausalLM": "fairlead.models.baichuan:BaichuanForCausalLM",
@@ -71,7 +71,7 @@ def check_supported(architecture: str) -> None:
 
 def read_config(architecture: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config as the architecture's class wants it, with the sizes under the names that ModelShape reads."""
-    refuse(config, "quantization_config")
+    refuse_rounded_weights(config)
     read = getattr(_load(_find(architecture)), "read_config", None)
     result: Mapping[str, Any] = config if read is None else read(config)
     return result

@@ -31,7 +31,7 @@ from fairlead.errors import CheckpointError, UnsupportedModelError
 from fairlead.interface import AttentionSpec, MemoryAllocator
 from fairlead.layers.attention import Attention
 from fairlead.layers.context import BuildContext, Step
-from fairlead.models.config import ModelShape
+from fairlead.models.config import ModelShape, refuse_rounded_weights
 from fairlead.models.progress import transformers_bar
 
 ATTENTION = "fairlead"
@@ -413,8 +413,7 @@ def _config(config: Mapping[str, Any]) -> PreTrainedConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(f"config.json: model_type {model_type!r} is unknown to transformers")
-    if config.get("quantization_config"):
-        raise UnsupportedModelError("config.json: quantization_config is not supported by models of transformers")
+    refuse_rounded_weights(config)
     try:
         own: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict({k: _plain(v) for k, v in config.items()})
         is_one_model = own.get_text_config() is own

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Request, Response
 
 from fairlead.request import CompletionOutput, RequestOutput
+from fairlead_server.access import tenant_of
 from fairlead_server.json_route import JsonRoute
 from fairlead_server.protocol import ChatBody
 from fairlead_server.responses import Json, Sent, chat_logprobs, json_response, prompt_logprobs, usage_of
@@ -112,7 +113,7 @@ def router(service: Service) -> APIRouter:
             [message.for_template() for message in body.messages],
             body.chat_options(trusts_template=service.config.trust_request_chat_template),
         )
-        request = service.request(prompt.token_ids, params, body, default_max_tokens=None)
+        request = service.request(prompt.token_ids, params, body, tenant=tenant_of(http), default_max_tokens=None)
         answer = ChatCompletion(service, body, http.state.request_id)
         generation = service.start([request])
         try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Seq
 from fastapi import APIRouter, Request, Response
 
 from fairlead.request import CompletionOutput, RequestOutput
+from fairlead_server.access import tenant_of
 from fairlead_server.json_route import JsonRoute
 from fairlead_server.protocol import CompletionBody
 from fairlead_server.responses import Entries, Json, Sent, completion_logprobs, json_response, prompt_logprobs, usage_of
@@ -119,7 +120,7 @@ def router(service: Service) -> APIRouter:
         for prompt in body.prompts():
             special = body.add_special_tokens is not False
             ids = await service.engine.encode(prompt, add_special_tokens=special) if isinstance(prompt, str) else prompt
-            request = service.request(ids, params, body, default_max_tokens=DEFAULT_MAX_TOKENS)
+            request = service.request(ids, params, body, tenant=tenant_of(http), default_max_tokens=DEFAULT_MAX_TOKENS)
             requests.append(request)
             is_whole = len(request.prompt_token_ids) == len(ids)
             if not body.echo:

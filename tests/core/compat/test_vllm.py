@@ -12,6 +12,8 @@ def test_the_alias_is_there_once_it_is_asked_for() -> None:
     code = """
 import fairlead.compat.vllm
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+assert SamplingParams(structured_outputs=StructuredOutputsParams(choice=["a"])).structured_outputs is not None
 llm = LLM(model="demo", tensor_parallel_size=1, trust_remote_code=False, dtype="auto", download_dir=None)
 print(llm.generate(["ROMEO:"], SamplingParams(temperature=0, max_tokens=3))[0].outputs[0].finish_reason)
 llm.close()

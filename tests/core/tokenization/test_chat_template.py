@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fairlead import demo
 from fairlead.errors import RequestError
+from fairlead.tokenization import chat_template
 from fairlead.tokenization.chat_template import encode_chat, render_chat
 from fairlead.tokenization.tokenizer import Tokenizer, load_tokenizer
 
@@ -83,6 +84,24 @@ def test_a_failing_template_is_a_request_error(demo_tokenizer: Tokenizer, templa
     with pytest.raises(RequestError, match="the chat template refuses these messages: ") as caught:
         render_chat(demo_tokenizer, user("x"), template=template)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='y') %}{% for a in range(99999) %}{% for b in range(99999) %}{% set n.x = a %}"
+        "{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_without_end_is_ended(
+    demo_tokenizer: Tokenizer, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "TEMPLATE_S", 0.1)
+    for _ in range(3):  # what was raised once does not come again
+        with pytest.raises(RequestError, match=r"the chat template did not end within 0\.1 s on these messages"):
+            render_chat(demo_tokenizer, user("x"), template=template)
+        assert render_chat(demo_tokenizer, user("x"), template="{{ messages[0].content }}") == "x"
 
 
 def test_template_variables_cannot_replace_parameters(demo_tokenizer: Tokenizer) -> None:
