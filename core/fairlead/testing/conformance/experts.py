@@ -104,8 +104,9 @@ class Experts:
         self.s.check_tensor(self.hook, got, torch.empty(x.shape, dtype=self.dtype), where)
         if not self.s.platform.capabilities.computes:
             return 0.0
-        on_host = [None if t is None else self.s.to_host(t).float() for t in (x, logits, correction)]
-        want = reference.moe_by_expert(*on_host, spec, run_expert)  # type: ignore[arg-type]
+        x_TE, logits_TX = self.s.to_host(x).float(), self.s.to_host(logits)
+        correction_X = None if correction is None else self.s.to_host(correction)
+        want = reference.moe_by_expert(x_TE, logits_TX, correction_X, spec, run_expert)
         found = self.s.to_host(got).float()
         self.s.expect(not found.isnan().any(), self.hook, f"numbers for {where}", "NaN")
         error = float((found - want).norm() / want.norm())
