@@ -381,7 +381,7 @@ WRONG: dict[str, Wrong] = {
         tier="quantisation", hook="'own'.apply_experts", got="e-", changes=mixing("weights")
     ),
     "experts_forget_the_correction": Wrong(
-        tier="quantisation", hook="'own'.apply_experts", got="e-", changes=mixing("correction")
+        tier="quantisation", hook="'own'.apply_experts", got="e+00", changes=mixing("correction")
     ),
     "experts_depend_on_the_batch": Wrong(
         tier="quantisation",
