@@ -143,7 +143,7 @@ def test_an_arena_uses_memory_again_once_all_views_are_gone() -> None:
     assert arena.empty((0, 3), torch.float32).shape == (0, 3)
 
 
-RECORDED = ("llama", "llama int8", "llama int4")
+RECORDED = ("llama", "llama int8", "llama int4", "mixtral")
 
 
 @pytest.mark.parametrize("model", [*RECORDED, "gemma3_text", "qwen3", "phi", "gpt2"])

@@ -24,12 +24,14 @@ TESTS = (
     "test_native_attention.py",
     "test_cpu_attention.py",
     "test_cpu_sampling.py",
+    "test_cpu_moe.py",
 )
 # The quick count goes once through each kernel's odd sizes. It compiles without optimisation, in a third of the time
 # that -O1 takes (16 s of processor time against 46), which lets the loops over long contexts take minutes.
 QUICK = (
-    "(apply_is_a_product and (bfloat16 or unquantized)) or (gate_and_up and gelu_tanh) or strided_and_empty"
+    "(apply_is_a_product and (bfloat16 or unquantized)) or (gate_and_up and gelu) or strided_and_empty"
     " or (provider_equals_reference and sliced) or copied_blocks or empty_step or adapters_are or mask_is"
+    " or (in_one_call and eight and bfloat16)"
     " or penalties_are or (filtered_tokens and 257) or (kinds_of_attention and (latent or alibi))"
 )
 # ASan's own allocator may be locked in a fork of several threads.

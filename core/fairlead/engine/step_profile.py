@@ -18,6 +18,7 @@ from fairlead.engine.padded_model import PaddedModel
 from fairlead.interface import GraphRunner
 from fairlead.layers.attention import Attention
 from fairlead.layers.linear import Linear
+from fairlead.layers.moe import Experts
 from fairlead.ops.first_call import FirstCall
 from fairlead.ops.table import Ops
 
@@ -157,6 +158,8 @@ def _watched(runner: ModelRunner, ops: Ops, recorder: _Recorder) -> Iterator[Non
                 op = names.get(_function(value)) if callable(value) and not isinstance(value, type) else None
                 if isinstance(module, Linear) and attribute == "_apply_method":
                     op = f"linear {path.rpartition('.')[2]}"
+                if isinstance(module, Experts) and attribute == "_apply_experts" and value is not None:
+                    op = "moe"
                 if op is not None:
                     undo.callback(setattr, module, attribute, value)
                     setattr(module, attribute, recorder.timed(op, value))

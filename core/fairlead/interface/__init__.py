@@ -26,7 +26,7 @@ from fairlead.interface.linear import (
     LinearShape,
 )
 from fairlead.interface.memory import TAGS, MemoryAllocator, MemoryInfo, MemoryProfile
-from fairlead.interface.moe import MoeSpec
+from fairlead.interface.moe import ExpertsMethod, MoeSpec
 from fairlead.interface.platform import Platform
 from fairlead.interface.sampling import LogitsProcessor
 from fairlead.interface.scheduling import QueuedRequest, SchedulingPolicy
@@ -50,6 +50,7 @@ __all__ = [
     "Defaults",
     "Device",
     "Event",
+    "ExpertsMethod",
     "FusedLinearMethod",
     "GraphRunner",
     "HostCache",

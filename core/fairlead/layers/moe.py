@@ -11,13 +11,13 @@ from torch.nn import functional
 from fairlead.interface import UNQUANTIZED, MoeSpec
 from fairlead.layers.context import BuildContext
 from fairlead.layers.feed_forward import FeedForward
-from fairlead.layers.linear import total
+from fairlead.layers.linear import Linear, total
 from fairlead.ops import reference
 from fairlead.ops.linear import PlainLinear
 
 
-class Router(torch.nn.Module):
-    """x (T, E) to a logit for each expert (T, X), computed in float32 where `in_float32`.
+class Router(Linear):
+    """x (T, E) to a logit for each expert (T, X), never quantised; computed in float32 where `in_float32`.
 
     With `has_correction` it holds the bias that balances the choice of experts.
     """
@@ -25,22 +25,35 @@ class Router(torch.nn.Module):
     def __init__(
         self, E: int, X: int, ctx: BuildContext, *, in_float32: bool = False, has_correction: bool = False
     ) -> None:
-        super().__init__()
-        self._linear, self._in_float32 = ctx.ops.linear, in_float32
-        self.weight = ctx.weight(X, E)
+        super().__init__(E, X, ctx, is_quantized=False)
+        self._in_float32 = in_float32
         self.e_score_correction_bias = ctx.weight(X, dtype=torch.float32) if has_correction else None
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        if self._in_float32:  # not the op, whose provider was chosen for the model's dtype
-            return functional.linear(x_TE.float(), self.weight.float())
-        return self._linear(x_TE, self.weight, None)
+        if not self._in_float32:
+            return super().forward(x_TE)
+        assert self.weight is not None
+        return functional.linear(x_TE.float(), self.weight.float())  # methods are of the model's dtype
+
+    def pack_weights(self) -> None:
+        """As of any linear layer, but for one that is computed in float32."""
+        if not self._in_float32:
+            super().pack_weights()
+
+    def packed_bytes(self) -> int:
+        """Device memory of the weight."""
+        if not self._in_float32:
+            return super().packed_bytes()
+        assert self.weight is not None
+        return self.weight.nbytes
 
 
 class Experts(torch.nn.Module):
     """The weights of all experts. `names` are those of gate, up and down in a checkpoint.
 
     They stay stacked for the op `moe` where they are in the model's dtype and the platform has nothing better: a
-    provider of the op first, then linear methods of its own, to which the loaded weights go expert by expert.
+    provider of the op first, then a linear method of its own that runs all experts, then such methods to which the
+    loaded weights go expert by expert.
     """
 
     def __init__(self, E: int, F: int, spec: MoeSpec, ctx: BuildContext, *, names: tuple[str, str, str]) -> None:
@@ -59,12 +72,20 @@ class Experts(torch.nn.Module):
         )
         has_own_op = ctx.quantization == UNQUANTIZED and ctx.ops.moe is not reference.moe
         is_plain = isinstance(self._enter, PlainLinear) and isinstance(self._leave, PlainLinear)
-        self._is_stacked = has_own_op or is_plain
+        self._apply_experts = (
+            ctx.linear.experts_of(self._enter, *self._shapes, spec)
+            if self._enter is self._leave and not has_own_op
+            else None
+        )
+        self._is_stacked = has_own_op or (is_plain and self._apply_experts is None)
+        self._packed_experts: object = None
         self._packed: list[tuple[object, object]] = []
 
     def forward(self, x_TE: torch.Tensor, logits_TX: torch.Tensor, correction_X: torch.Tensor | None) -> torch.Tensor:
         if self._is_stacked:
             return self._moe(x_TE, logits_TX, correction_X, self.gate_up_proj, self.down_proj, self._spec)
+        if self._apply_experts is not None:
+            return self._apply_experts(x_TE, logits_TX, correction_X, self._packed_experts)
         return reference.moe_by_expert(x_TE, logits_TX, correction_X, self._spec, self._run_expert)
 
     def _run_expert(self, expert: int, rows_NE: torch.Tensor) -> torch.Tensor:
@@ -75,7 +96,12 @@ class Experts(torch.nn.Module):
         """Hands the loaded weights over to what will multiply by them."""
         if self._is_stacked:
             return
-        for enter, leave in zip(self.gate_up_proj.data, self.down_proj.data, strict=True):
+        gate_up_X2FE, down_XEF = self.gate_up_proj.data, self.down_proj.data
+        if self._apply_experts is not None:
+            self._packed_experts = self._table.pack_experts(self._enter, gate_up_X2FE, down_XEF, self._spec)
+            del self.gate_up_proj, self.down_proj
+            return
+        for enter, leave in zip(gate_up_X2FE, down_XEF, strict=True):
             self._packed.append((self._table.pack(self._enter, enter), self._table.pack(self._leave, leave)))
         del self.gate_up_proj, self.down_proj
 

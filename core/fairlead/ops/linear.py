@@ -1,6 +1,7 @@
 """The meaning of each scheme of linear weights, and the choice of who serves it.
 
-Shapes: N rows, I input features, O output features, G groups of input features.
+Shapes: N rows, I input features, O output features, G groups of input features; T tokens, E model width, F width of an
+expert, X experts.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -14,10 +15,12 @@ from fairlead.errors import ConfigError, PluginContractError
 from fairlead.interface import (
     GATED_ACTIVATIONS,
     UNQUANTIZED,
+    ExpertsMethod,
     FusedLinearMethod,
     LinearMethod,
     LinearShape,
     MemoryAllocator,
+    MoeSpec,
 )
 from fairlead.ops.first_call import FirstCall
 
@@ -324,6 +327,31 @@ class LinearTable:
         else:
             assert isinstance(method, FusedLinearMethod)
             packed = method.pack_fused({"weight": weight_OI}, activation)
+        check_packed(self.platform, method, packed)
+        return packed
+
+    def experts_of(
+        self, method: LinearMethod, enter: LinearShape, leave: LinearShape, spec: MoeSpec
+    ) -> Callable[..., torch.Tensor] | None:
+        """The method's `apply_experts`, its first result checked, or None where it has none for these."""
+        if "moe" in self._kept or not isinstance(method, ExpertsMethod):
+            return None
+        if method.refuses_experts(enter, leave, spec) is not None:
+            return None
+        _note(self.fused, "moe", method.name)
+
+        def reference(x_TE: torch.Tensor, *_: object) -> torch.Tensor:
+            return torch.empty_like(x_TE)
+
+        hook = f"linear_methods {method.name!r}.apply_experts"
+        return FirstCall(method.apply_experts, reference, plugin=self.platform, hook=hook)
+
+    def pack_experts(
+        self, method: LinearMethod, gate_up_X2FE: torch.Tensor, down_XEF: torch.Tensor, spec: MoeSpec
+    ) -> Packed:
+        """What the method makes of all experts; raises PluginContractError if it makes nothing."""
+        assert isinstance(method, ExpertsMethod)
+        packed = method.pack_experts({"gate_up": gate_up_X2FE, "down": down_XEF}, spec)
         check_packed(self.platform, method, packed)
         return packed
 

@@ -7,31 +7,13 @@
 #include "pool.h"
 #include "replay.h"
 #include "simd.h"
+#include "vectors.h"
 
 namespace {
 
 using simd::Vf;
-constexpr int64_t kMinParallel = 32 * 1024;  // elements: below, one thread is faster than waking another
-
-template <class F>
-void for_rows(int64_t num_rows, int64_t row_size, const F& f) {
-  if (num_rows * row_size < kMinParallel)
-    f(0, num_rows);
-  else
-    parallel_for(num_rows, f);
-}
-
-// f(offset, load, store) for the vectors of a row; load(p) and store(p, x) touch no more than the row has.
-template <class F>
-inline void for_vectors(int64_t size, const F& f) {
-  int64_t i = 0;
-  for (; i + simd::kWidth <= size; i += simd::kWidth)
-    f(i, [i](const auto* p) { return simd::load(p + i); }, [i](auto* p, Vf x) { simd::store(p + i, x); });
-  const int rest = static_cast<int>(size - i);
-  if (rest)
-    f(i, [i, rest](const auto* p) { return simd::load_n(p + i, rest); },
-      [i, rest](auto* p, Vf x) { simd::store_n(p + i, x, rest); });
-}
+using vectors::for_rows;
+using vectors::for_vectors;
 
 inline Vf rounded(Vf x, const float*) { return x; }
 inline Vf rounded(Vf x, const simd::bf16*) {
@@ -159,7 +141,7 @@ void gate(const T* x, int64_t x_stride, T* out, int64_t num_rows, int64_t size, 
       const T* first = x + row * x_stride;
       for_vectors(size, [&](int64_t, auto load, auto store) {
         Vf v = load(first);
-        v = matmul::activate(gelu ? matmul::kGeluTanhMul : matmul::kSiluMul, v);
+        v = matmul::activate(gelu ? matmul::kGeluMul : matmul::kSiluMul, v);
         store(out + row * size, v * load(first + size));
       });
     }

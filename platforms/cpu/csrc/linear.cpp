@@ -10,16 +10,7 @@ FL_API void fl_linear(const FlLinear* layer, const void* x, int64_t x_stride, in
                       const void* residual, int64_t residual_stride, void* y, int64_t y_stride) {
   if (num_rows <= 0 || layer->out <= 0) return;
   const Call call{layer, x, x_stride, num_rows, bias, residual, residual_stride, y, y_stride};
-  switch (layer->scheme) {
-    case kFloat32:
-      return run_float32(call);
-    case kBfloat16:
-      return run_bfloat16(call);
-    case kInt8:
-      return run_int8(call);
-    default:
-      return run_int4(call);
-  }
+  run_calls(&call, 1);
 }
 
 FL_RECORDABLE(fl_linear)

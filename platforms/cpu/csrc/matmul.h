@@ -35,9 +35,8 @@ enum Scheme : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3 };
 enum Dtype : int32_t { kF32 = 0, kBf16 = 1 };
 enum Activation : int32_t {
   kNone = 0,
-  kSiluMul = 1,  // the three that multiply by the up projection come first
-  kGeluTanhMul = 2,
-  kGeluMul = 3,
+  kSiluMul = 1,  // the two that multiply by the up projection come first
+  kGeluMul = 2,  // by its tanh form
   kGeluTanh = 4,
   kGelu = 5,
   kRelu = 6,
@@ -102,7 +101,7 @@ inline void* scratch(int64_t bytes) {
   }
   return buffer.p;
 }
-enum Slot { kInputs, kSums, kUnpacked };
+enum Slot { kInputs, kSums, kUnpacked, kParts, kRouting };
 
 inline Vf sigmoid(Vf x) { return simd::set1(1.0f) / (simd::set1(1.0f) + simd::exp(simd::zero() - x)); }
 
@@ -131,10 +130,9 @@ inline Vf activate(int32_t activation, Vf x) {
     case kSiluMul:
     case kSilu:
       return x * sigmoid(x);
-    case kGeluTanhMul:
+    case kGeluMul:
     case kGeluTanh:
       return gelu_tanh(x);
-    case kGeluMul:
     case kGelu:
       return gelu(x);
     case kRelu:
@@ -154,6 +152,9 @@ struct Call {
   int64_t residual_stride;
   void* y;
   int64_t y_stride;
+  const int32_t* gather = nullptr;  // row i of the call is row gather[i] of x
+
+  int64_t offset(int64_t row) const { return (gather ? gather[row] : row) * x_stride; }
 };
 
 // Turns 16 columns of sums into y: scaled(packed) gives the float values of kWidth packed columns.
@@ -234,11 +235,13 @@ template <class X>
 inline Rows<X> direct_rows(const Call& call, bool rows_are_reused) {
   const bool crowded =
       rows_are_reused && call.num_rows > 4 && call.x_stride * static_cast<int64_t>(sizeof(X)) % 1024 == 0;
-  const bool fits = call.layer->k % kPadK == 0 && call.layer->x_dtype == (sizeof(X) == 2 ? kBf16 : kF32) && !crowded;
-  return {fits ? static_cast<const X*>(call.x) : nullptr, call.x_stride};
+  const bool scattered = call.gather && call.num_rows > 1;
+  const bool fits = call.layer->k % kPadK == 0 && call.layer->x_dtype == (sizeof(X) == 2 ? kBf16 : kF32) &&
+                    !crowded && !scattered;
+  return {fits ? static_cast<const X*>(call.x) + call.offset(0) : nullptr, call.x_stride};
 }
 
-// Runs a kernel over all rows and groups. Kernel has
+// What a kernel for `run` has:
 //   X, C                types of the prepared inputs and of the sums
 //   kRows, kBlockK      rows of its register tile; how much of K it takes at a time when there are more rows than that
 //   direct(call)        x as it is, where the kernel can read it, else null data
@@ -248,56 +251,107 @@ inline Rows<X> direct_rows(const Call& call, bool rows_are_reused) {
 //   add(rows, count, group, k0, k1, c, ldc)   adds x[:count, k0:k1] W to the sums of one group, for at most kRows rows;
 //                                             k0 = 0 starts at zero
 //   finish(call, rows, row, count, group, c)  the epilogue of `count` rows of one group, of which row is the first
+
+// A block of so many rows by kBlockK inputs, the sums of 8 groups and the weights at hand stay in a level 2 cache.
+constexpr int64_t kRowBlock = 512, kGroupBlock = 8;
+
+inline int64_t num_groups(const FlLinear& layer) { return (layer.out + group_columns(layer) - 1) / group_columns(layer); }
+
+// The units [begin, end) of one call: unit u is group u % groups of row block u / groups.
 template <class Kernel>
-void run(const Call& call) {
+void run_units(const Call& call, const Rows<typename Kernel::X>& x, int64_t begin, int64_t end) {
   using X = typename Kernel::X;
   using C = typename Kernel::C;
-  // A block of 512 rows by kBlockK inputs, the sums of 8 groups and the weights at hand stay in a level 2 cache.
-  constexpr int64_t kRowBlock = 512, kGroupBlock = 8, kRows = Kernel::kRows;
+  constexpr int64_t kRows = Kernel::kRows;
   const FlLinear& layer = *call.layer;
-  const int64_t groups = (layer.out + group_columns(layer) - 1) / group_columns(layer);
-  const int64_t k = round_up(layer.k, kPadK);
-  const int64_t row_blocks = (call.num_rows + kRowBlock - 1) / kRowBlock;
-  Rows<X> x = Kernel::direct(call);
-  if (!x.data) {
-    x.stride = row_stride<X>(layer);
-    X* to = static_cast<X*>(scratch<kInputs>(call.num_rows * x.stride * static_cast<int64_t>(sizeof(X))));
-    x.data = to;
-    auto prepare = [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; row++) Kernel::prepare(call, row, to + row * x.stride);
-    };
-    if (call.num_rows * layer.k < 32768)  // below some microseconds waking the others costs more
-      prepare(0, call.num_rows);
-    else
-      parallel_for(call.num_rows, prepare);
-  }
-  parallel_for(row_blocks * groups, [&](int64_t begin, int64_t end) {
-    Kernel kernel(layer);
-    for (int64_t unit = begin; unit < end;) {
-      const int64_t row0 = unit / groups * kRowBlock, group0 = unit % groups;
-      const int64_t rows = std::min(call.num_rows - row0, kRowBlock);
-      const bool whole = rows <= kRows || k <= Kernel::kBlockK;  // K in one piece
-      const int64_t step = whole ? k : Kernel::kBlockK;
-      const int64_t num_groups = whole ? 1 : std::min(std::min(end - unit, kGroupBlock), groups - group0);
-      // Sums are finished some tiles after they were stored: reading them at once would wait for the stores.
-      const int64_t batch = 4 * kRows, kept = whole ? std::min(rows, batch) : rows;
-      C* sums = static_cast<C*>(scratch<kSums>(num_groups * kept * kGroup * static_cast<int64_t>(sizeof(C))));
-      for (int64_t k0 = 0; k0 < k; k0 += step)
-        for (int64_t g = 0; g < num_groups; g++) {
-          const int64_t k1 = std::min(k0 + step, k), group = group0 + g;
-          kernel.begin(group, k0, k1);
-          for (int64_t first = 0; first < rows; first += batch) {
-            const int64_t last = std::min(first + batch, rows);
-            C* c = sums + (g * kept + (whole ? 0 : first)) * kGroup;
-            const Rows<X> block{x.data + (row0 + first) * x.stride, x.stride};
-            for (int64_t row = first; row < last; row += kRows)
-              kernel.add({block.data + (row - first) * x.stride, x.stride}, std::min(last - row, kRows), group, k0, k1,
-                         c + (row - first) * kGroup, kGroup);
-            if (k1 == k) Kernel::finish(call, block, row0 + first, last - first, group, c);
-          }
+  const int64_t groups = num_groups(layer), k = round_up(layer.k, kPadK);
+  Kernel kernel(layer);
+  for (int64_t unit = begin; unit < end;) {
+    const int64_t row0 = unit / groups * kRowBlock, group0 = unit % groups;
+    const int64_t rows = std::min(call.num_rows - row0, kRowBlock);
+    const bool whole = rows <= kRows || k <= Kernel::kBlockK;  // K in one piece
+    const int64_t step = whole ? k : Kernel::kBlockK;
+    const int64_t count = whole ? 1 : std::min(std::min(end - unit, kGroupBlock), groups - group0);
+    // Sums are finished some tiles after they were stored: reading them at once would wait for the stores.
+    const int64_t batch = 4 * kRows, kept = whole ? std::min(rows, batch) : rows;
+    C* sums = static_cast<C*>(scratch<kSums>(count * kept * kGroup * static_cast<int64_t>(sizeof(C))));
+    for (int64_t k0 = 0; k0 < k; k0 += step)
+      for (int64_t g = 0; g < count; g++) {
+        const int64_t k1 = std::min(k0 + step, k), group = group0 + g;
+        kernel.begin(group, k0, k1);
+        for (int64_t first = 0; first < rows; first += batch) {
+          const int64_t last = std::min(first + batch, rows);
+          C* c = sums + (g * kept + (whole ? 0 : first)) * kGroup;
+          const Rows<X> block{x.data + (row0 + first) * x.stride, x.stride};
+          for (int64_t row = first; row < last; row += kRows)
+            kernel.add({block.data + (row - first) * x.stride, x.stride}, std::min(last - row, kRows), group, k0, k1,
+                       c + (row - first) * kGroup, kGroup);
+          if (k1 == k) Kernel::finish(call, block, row0 + first, last - first, group, c);
         }
-      unit += num_groups;
+      }
+    unit += count;
+  }
+}
+
+// One of the calls of `run`: its rows, and what comes before it of all rows to prepare and of all units.
+template <class X>
+struct Part {
+  Rows<X> x;
+  int64_t rows_before, units_before;
+};
+
+// f(i, begin, end) for what of [begin, end) belongs to part i, begin and end counted from where that starts.
+template <class X, class F>
+inline void each_part(const Part<X>* parts, int64_t num_parts, int64_t Part<X>::*before, int64_t begin, int64_t end,
+                      const F& f) {
+  const Part<X>* last = parts + num_parts;
+  const Part<X>* part =
+      std::upper_bound(parts, last, begin, [&](int64_t at, const Part<X>& p) { return at < p.*before; }) - 1;
+  for (; begin < end; part++) {
+    const int64_t stop = part + 1 < last ? std::min(end, part[1].*before) : end;
+    if (begin < stop) f(part - parts, begin - part->*before, stop - part->*before);
+    begin = stop;
+  }
+}
+
+// Runs a kernel over all rows and groups of some calls, which threads share out together.
+template <class Kernel>
+void run(const Call* calls, int64_t num_calls) {
+  using X = typename Kernel::X;
+  auto* parts = static_cast<Part<X>*>(scratch<kParts>(num_calls * static_cast<int64_t>(sizeof(Part<X>))));
+  int64_t units = 0, rows = 0, prepared = 0, work = 0;
+  for (int64_t i = 0; i < num_calls; i++) {
+    const Call& call = calls[i];
+    parts[i] = {Kernel::direct(call), rows, units};
+    if (!parts[i].x.data) {
+      rows += call.num_rows;
+      prepared += call.num_rows * row_stride<X>(*call.layer);
+      work += call.num_rows * call.layer->k;
     }
+    units += (call.num_rows + kRowBlock - 1) / kRowBlock * num_groups(*call.layer);
+  }
+  if (rows) {
+    X* to = static_cast<X*>(scratch<kInputs>(prepared * static_cast<int64_t>(sizeof(X))));
+    for (int64_t i = 0; i < num_calls; i++)
+      if (!parts[i].x.data) {
+        parts[i].x = {to, row_stride<X>(*calls[i].layer)};
+        to += calls[i].num_rows * parts[i].x.stride;
+      }
+    auto prepare = [&](int64_t begin, int64_t end) {
+      each_part(parts, num_calls, &Part<X>::rows_before, begin, end, [&](int64_t i, int64_t first, int64_t last) {
+        X* data = const_cast<X*>(parts[i].x.data);
+        for (int64_t row = first; row < last; row++) Kernel::prepare(calls[i], row, data + row * parts[i].x.stride);
+      });
+    };
+    if (work < 32768)  // below some microseconds waking the others costs more
+      prepare(0, rows);
+    else
+      parallel_for(rows, prepare);
+  }
+  parallel_for(units, [&](int64_t begin, int64_t end) {
+    each_part(parts, num_calls, &Part<X>::units_before, begin, end, [&](int64_t i, int64_t first, int64_t last) {
+      run_units<Kernel>(calls[i], parts[i].x, first, last);
+    });
   });
 }
 
@@ -306,7 +360,7 @@ template <class T>
 inline void copy_row(const Call& call, int64_t row, T* to) {
   const int64_t k = call.layer->k, padded = round_up(k, kPadK);
   auto copy = [&](const auto* from) {
-    from += row * call.x_stride;
+    from += call.offset(row);
     int64_t i = 0;
     for (; i + simd::kWidth <= k; i += simd::kWidth) simd::store(to + i, simd::load(from + i));
     if (i < k) simd::store_n(to + i, simd::load_n(from + i, static_cast<int>(k - i)), static_cast<int>(k - i));

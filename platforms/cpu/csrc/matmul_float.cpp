@@ -129,7 +129,7 @@ struct Bfloat16Kernel : FloatKernel<Bfloat16Base> {
 
 }  // namespace
 
-void run_float32(const Call& call) { run<Float32Kernel>(call); }
-void run_bfloat16(const Call& call) { run<Bfloat16Kernel>(call); }
+void run_float32(const Call* calls, int64_t num_calls) { run<Float32Kernel>(calls, num_calls); }
+void run_bfloat16(const Call* calls, int64_t num_calls) { run<Bfloat16Kernel>(calls, num_calls); }
 
 }  // namespace matmul

@@ -248,11 +248,11 @@ struct Int4Kernel : Base {
 
 }  // namespace
 
-void run_int4(const Call& call) {
+void run_int4(const Call* calls, int64_t num_calls) {
 #if defined(__AVX512BF16__)
-  if (call.layer->x_dtype == kBf16) return run<Int4Kernel<Bf16Base>>(call);
+  if (calls->layer->x_dtype == kBf16) return run<Int4Kernel<Bf16Base>>(calls, num_calls);
 #endif
-  run<Int4Kernel<TileInt4<WideInt4>>>(call);
+  run<Int4Kernel<TileInt4<WideInt4>>>(calls, num_calls);
 }
 
 }  // namespace matmul

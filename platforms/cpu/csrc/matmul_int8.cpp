@@ -49,9 +49,9 @@ struct Int8Rows {
 
   static void prepare(const Call& call, int64_t row, int8_t* to) {
     if (call.layer->x_dtype == kF32)
-      quantise(static_cast<const float*>(call.x) + row * call.x_stride, call.layer->k, to);
+      quantise(static_cast<const float*>(call.x) + call.offset(row), call.layer->k, to);
     else
-      quantise(static_cast<const bf16*>(call.x) + row * call.x_stride, call.layer->k, to);
+      quantise(static_cast<const bf16*>(call.x) + call.offset(row), call.layer->k, to);
   }
 
   static void finish(const Call& call, Rows<int8_t> x, int64_t row, int64_t count, int64_t group, int32_t* c) {
@@ -193,6 +193,6 @@ struct Int8Kernel : Int8Base, Int8Rows {
 
 }  // namespace
 
-void run_int8(const Call& call) { run<Int8Kernel>(call); }
+void run_int8(const Call* calls, int64_t num_calls) { run<Int8Kernel>(calls, num_calls); }
 
 }  // namespace matmul

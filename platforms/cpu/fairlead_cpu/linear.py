@@ -8,11 +8,12 @@ from collections.abc import Mapping
 
 import torch
 
-from fairlead.interface import GATED_ACTIVATIONS, UNQUANTIZED, LinearMethod, LinearShape, MemoryAllocator
+from fairlead.interface import GATED_ACTIVATIONS, UNQUANTIZED, LinearMethod, LinearShape, MemoryAllocator, MoeSpec
+from fairlead_cpu.moe import PackedExperts, apply_experts, pack_experts
 from fairlead_cpu.native import Kernels, LinearLayer
+from fairlead_cpu.native_ops import DTYPES
 
 # The numbers of csrc/matmul.h.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {
     None: 0,
     "silu_and_mul": 1,
@@ -57,7 +58,8 @@ class PackedLinear:
 
 
 class NativeLinear:
-    """LinearMethod and FusedLinearMethod of one scheme: "unquantized" (bfloat16, float32), "int8" or "int4".
+    """LinearMethod of one scheme: "unquantized" (bfloat16, float32), "int8" or "int4"; with it come activations,
+    residuals and experts (FusedLinearMethod, ExpertsMethod).
 
     Every element of a result is summed in one order, whatever the batch: a row has the same bits alone and in any.
     """
@@ -66,7 +68,7 @@ class NativeLinear:
 
     def __init__(self, scheme: str, kernels: Kernels, allocator: MemoryAllocator) -> None:
         self.scheme = scheme
-        self._call, self._linear = kernels.call, kernels.call.fl_linear
+        self.call, self._linear = kernels.call, kernels.call.fl_linear
         self._allocator = allocator
 
     def refuses(self, shape: LinearShape) -> str | None:
@@ -97,24 +99,41 @@ class NativeLinear:
         return self._pack(tensors["weight"], activation)
 
     def _pack(self, weight_OI: torch.Tensor, activation: str | None) -> PackedLinear:
+        memory = self.memory(self.size_of(weight_OI, activation)[1])
+        layer, offsets = self.pack_into(weight_OI, activation, memory)
+        return PackedLinear(layer, memory, offsets, pair=activation in GATED_ACTIVATIONS)
+
+    def memory(self, num_bytes: int) -> torch.Tensor:
+        """For packed weights."""
+        memory = self._allocator.empty((num_bytes,), torch.uint8, tag="weights")
+        self.call.fl_advise_huge_pages(memory.data_ptr(), num_bytes)
+        return memory
+
+    def size_of(self, weight_OI: torch.Tensor, activation: str | None) -> tuple[tuple[int, int, int], int]:
+        """Offsets of weight, scales and sums in a layer's memory, and its size, in bytes."""
+        pair = activation in GATED_ACTIVATIONS
+        num_outputs = weight_OI.shape[0] // 2 if pair else weight_OI.shape[0]
+        return self._layout(weight_OI.dtype, num_outputs, weight_OI.shape[1], pair=pair)
+
+    def pack_into(
+        self, weight_OI: torch.Tensor, activation: str | None, memory: torch.Tensor
+    ) -> tuple[LinearLayer, tuple[int, int, int]]:
+        """Writes the weight, and returns its record and the offsets of what that points to."""
         pair = activation in GATED_ACTIVATIONS
         num_inputs = weight_OI.shape[1]
         num_outputs = weight_OI.shape[0] // 2 if pair else weight_OI.shape[0]
         if num_inputs > 1 and weight_OI.stride(1) != 1:
             weight_OI = weight_OI.contiguous()
         dtype = DTYPES[weight_OI.dtype]
-        offsets, num_bytes = self._layout(weight_OI.dtype, num_outputs, num_inputs, pair=pair)
-        memory = self._allocator.empty((num_bytes,), torch.uint8, tag="weights")
-        base = memory.data_ptr()
-        self._call.fl_advise_huge_pages(base, num_bytes)
+        offsets, base = self.size_of(weight_OI, activation)[0], memory.data_ptr()
         source = (weight_OI.data_ptr(), dtype, weight_OI.stride(0), num_outputs, num_inputs)
         to, scale, sums = (base + offset for offset in offsets)
         if self.scheme == "int8":
-            self._call.fl_pack_int8(pair, *source, to, scale, sums)
+            self.call.fl_pack_int8(pair, *source, to, scale, sums)
         elif self.scheme == "int4":
-            self._call.fl_pack_int4(pair, *source, to, scale)
+            self.call.fl_pack_int4(pair, *source, to, scale)
         else:
-            self._call.fl_pack_float(dtype, pair, *source, to)
+            self.call.fl_pack_float(dtype, pair, *source, to)
         layer = LinearLayer(
             scheme=self._number(weight_OI.dtype),
             x_dtype=dtype,
@@ -123,7 +142,7 @@ class NativeLinear:
             k=num_inputs,
             out=num_outputs,
         )
-        return PackedLinear(layer, memory, offsets, pair=pair)
+        return layer, offsets
 
     def apply(self, x_NI: torch.Tensor, packed: object, bias_O: torch.Tensor | None) -> torch.Tensor:
         """One native call."""
@@ -168,12 +187,27 @@ class NativeLinear:
         )
         return out_NO
 
+    def refuses_experts(self, enter: LinearShape, leave: LinearShape, spec: MoeSpec) -> str | None:
+        """Nothing that the two layers by themselves are not refused for."""
+        return self.refuses(enter) or self.refuses(leave)
+
+    def pack_experts(self, tensors: Mapping[str, torch.Tensor], spec: MoeSpec) -> PackedExperts:
+        """The layouts of all experts' layers, one behind the other."""
+        return pack_experts(self, self.call, tensors["gate_up"], tensors["down"], spec)
+
+    def apply_experts(
+        self, x_TE: torch.Tensor, logits_TX: torch.Tensor, correction_X: torch.Tensor | None, packed: object
+    ) -> torch.Tensor:
+        """One native call for routing, products and the sum."""
+        assert isinstance(packed, PackedExperts)
+        return apply_experts(self.call, x_TE, logits_TX, correction_X, packed)
+
     def dequantise(self, packed: object) -> torch.Tensor:
         """Undoes the layout with torch; int8 and int4 in float32."""
         assert isinstance(packed, PackedLinear)
         num_inputs, num_outputs = packed.layer.k, packed.num_outputs
         padded = -(-num_inputs // _PAD_K) * _PAD_K
-        columns = self._call.fl_packed_columns(packed.pair, num_outputs)
+        columns = self.call.fl_packed_columns(packed.pair, num_outputs)
         weight, scale, sums = packed.offsets
         if self.scheme == "int4":
             weight_PI = _int4_numbers(packed.memory[:scale].view(torch.int32), columns, padded)
@@ -199,8 +233,8 @@ class NativeLinear:
         self, dtype: torch.dtype, num_outputs: int, num_inputs: int, *, pair: bool
     ) -> tuple[tuple[int, int, int], int]:
         """Offsets of weight, scales and sums in a layer's memory, and its size, in bytes."""
-        weight = self._call.fl_packed_bytes(self._number(dtype), pair, num_outputs, num_inputs)
-        columns = self._call.fl_packed_columns(pair, num_outputs)
+        weight = self.call.fl_packed_bytes(self._number(dtype), pair, num_outputs, num_inputs)
+        columns = self.call.fl_packed_columns(pair, num_outputs)
         padded = -(-num_inputs // _PAD_K) * _PAD_K
         scale = {"int8": 4 * columns, "int4": 2 * columns * (padded // INT4_GROUP)}.get(self.scheme, 0)
         sums = 4 * columns if self.scheme == "int8" else 0

@@ -66,6 +66,9 @@ SIGNATURES: dict[str, tuple[type | None, Sequence[type]]] = {
     "fl_replay": (None, (_P, _I64)),
     # layer, x, its stride, rows, bias, residual, its stride, y, its stride
     "fl_linear": (None, (_P, _P, _I64, _I64, _P, _P, _I64, _P, _I64)),
+    # layer, x, its stride, tokens, logits in bfloat16?, logits, their stride, correction, scratch, y
+    "fl_moe": (None, (_P, _P, _I64, _I64, _I32, _P, _I64, _P, _P, _P)),
+    "fl_moe_scratch_bytes": (_I64, (_P, _I64)),
     "fl_advise_huge_pages": (None, (_P, _I64)),
     # scheme, pair, out, k
     "fl_packed_bytes": (_I64, (_I32, _I32, _I64, _I64)),
@@ -90,6 +93,19 @@ class LinearLayer(ctypes.Structure):
         ("weight", _P),
         ("scale", _P),
         ("sums", _P),
+    )
+
+
+class MoeLayer(ctypes.Structure):
+    """FlMoe of csrc/moe.cpp."""
+
+    _fields_ = (
+        *((name, _I32) for name in ("num_experts", "top_k", "num_groups", "top_groups", "group_top")),
+        ("sigmoid", _I32),
+        ("normalize", _I32),
+        ("scale", ctypes.c_float),
+        ("enter", _P),
+        ("leave", _P),
     )
 
 

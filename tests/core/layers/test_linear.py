@@ -18,6 +18,7 @@ from fairlead.interface import UNQUANTIZED, Device, LinearMethod, LinearShape
 from fairlead.layers.context import BuildContext
 from fairlead.layers.embedding import OutputHead
 from fairlead.layers.linear import Linear
+from fairlead.layers.moe import Router
 from fairlead.models import registry
 from fairlead.models.config import ModelShape
 from fairlead.ops.linear import PlainLinear
@@ -159,7 +160,9 @@ def test_a_model_is_quantised_while_it_is_loaded(tmp_path: Path, kind: str, sche
     plain, foreseen_plain = build(model)
     rounded, foreseen = build(model, quantization=scheme)
     assert foreseen < foreseen_plain
-    layers = [(n, m) for n, m in rounded.named_modules() if isinstance(m, Linear) and not isinstance(m, OutputHead)]
+    layers = [
+        (n, m) for n, m in rounded.named_modules() if isinstance(m, Linear) and not isinstance(m, OutputHead | Router)
+    ]
     assert layers
     for name, layer in layers:
         exact = plain.get_submodule(name)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 
 import torch
 
-from fairlead.interface import ACTIVATIONS, UNQUANTIZED, FusedLinearMethod, LinearMethod, LinearShape
+from fairlead.interface import ACTIVATIONS, UNQUANTIZED, ExpertsMethod, FusedLinearMethod, LinearMethod, LinearShape
 from fairlead.ops import reference
 from fairlead.ops.linear import INT4_GROUP, TOLERANCE, LinearTable
 from fairlead.ops.table import REFERENCE
 from fairlead.testing.conformance.check import Check, Outcome
+from fairlead.testing.conformance.experts import Experts
 from fairlead.testing.conformance.fused import Fused
 from fairlead.testing.conformance.subject import Subject
 
@@ -34,9 +35,17 @@ def checks(subject: Subject) -> Iterator[Check]:
                 examined = _Method(subject, scheme, method, dtype, is_reference=not methods)
                 name = f"{scheme}, {method.name}, {dtype}"
                 yield Check(tier="quantisation", name=name, hook=examined.hook, run=examined.run)
-                for activation in (None, *ACTIVATIONS) if isinstance(method, FusedLinearMethod) else ():
-                    fused = Fused(subject, scheme, method, dtype, activation)
-                    yield Check(tier="quantisation", name=f"{name}, {fused.what}", hook=fused.hook, run=fused.run)
+                yield from _more(subject, scheme, method, dtype, name)
+
+
+def _more(subject: Subject, scheme: str, method: LinearMethod, dtype: str, name: str) -> Iterator[Check]:
+    """What a method does beside: activations and residuals, experts."""
+    for activation in (None, *ACTIVATIONS) if isinstance(method, FusedLinearMethod) else ():
+        fused = Fused(subject, scheme, method, dtype, activation)
+        yield Check(tier="quantisation", name=f"{name}, {fused.what}", hook=fused.hook, run=fused.run)
+    if isinstance(method, ExpertsMethod):
+        experts = Experts(subject, scheme, method, dtype)
+        yield Check(tier="quantisation", name=f"{name}, experts", hook=experts.hook, run=experts.run)
 
 
 class _Method:

@@ -387,6 +387,32 @@ def fusing(fault: str, **more: Any) -> Mapping[str, Any]:
     return {"own_methods": {"unquantized": (WrongFusion(fault),)}, **more}
 
 
+class WrongExperts(PlainLinear):
+    """The unquantised reference that also runs experts, with a fault."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(reference.linear, "own")
+        self.fault = fault
+
+    def refuses_experts(self, enter: LinearShape, leave: LinearShape, spec: Any) -> str | None:
+        return "" if self.fault == "reason" else None
+
+    def pack_experts(self, tensors: Mapping[str, Tensor], spec: Any) -> object:
+        return tensors["gate_up"], tensors["down"], spec
+
+    def apply_experts(self, x_TE: Tensor, logits: Tensor, correction: Tensor | None, packed: Any) -> Any:
+        gate_up, down, spec = packed
+        if self.fault == "weights":
+            spec = replace(spec, normalize=False)
+        chosen = None if self.fault == "correction" else correction
+        out = reference.moe(x_TE, logits, chosen, gate_up, down, spec)
+        return out * (1 + 1e-6 * (len(out) > 1)) if self.fault == "batch" else out
+
+
+def mixing(fault: str, **more: Any) -> Mapping[str, Any]:
+    return {"own_methods": {"unquantized": (WrongExperts(fault),)}, **more}
+
+
 _probes = iter(range(10**6))
 
 

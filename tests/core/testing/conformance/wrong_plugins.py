@@ -31,6 +31,7 @@ from wrong_parts import (
     linear,
     made,
     memory,
+    mixing,
     nan_in_step,
     norm_by_batch_size,
     norm_of_dense_rows,
@@ -355,7 +356,9 @@ WRONG: dict[str, Wrong] = {
     "fusion_forgets_activation": Wrong(
         tier="quantisation", hook="'own'.apply_fused", got="of shape", changes=fusing("activation")
     ),
-    "fusion_takes_up_for_gate": Wrong(tier="quantisation", hook="'own'.apply_fused", got="e-", changes=fusing("order")),
+    "fusion_takes_up_for_gate": Wrong(
+        tier="quantisation", hook="'own'.apply_fused", got="e+00", changes=fusing("order")
+    ),
     "fusion_forgets_residual": Wrong(
         tier="quantisation", hook="'own'.apply_fused", got="e-", changes=fusing("residual")
     ),
@@ -373,6 +376,21 @@ WRONG: dict[str, Wrong] = {
     ),
     "fusion_refuses_without_reason": Wrong(
         tier="quantisation", hook="'own'.refuses_fused", got="''", changes=fusing("reason")
+    ),
+    "experts_of_other_weights": Wrong(
+        tier="quantisation", hook="'own'.apply_experts", got="e-", changes=mixing("weights")
+    ),
+    "experts_forget_the_correction": Wrong(
+        tier="quantisation", hook="'own'.apply_experts", got="e+00", changes=mixing("correction")
+    ),
+    "experts_depend_on_the_batch": Wrong(
+        tier="quantisation",
+        hook="'own'.apply_experts",
+        got="others",
+        changes=mixing("batch", **capable(batch_invariant=True)),
+    ),
+    "experts_refused_without_reason": Wrong(
+        tier="quantisation", hook="'own'.refuses_experts", got="''", changes=mixing("reason")
     ),
     # models
     "model_without_biases": Wrong(
