@@ -246,8 +246,10 @@ class ServerConfig:
         aliases=("allowed_headers",),
     )
     cors_credentials: bool = setting(False, "Let those pages send cookies.", aliases=("allow_credentials",))
-    trust_request_chat_template: bool = setting(
-        False, "Render a chat with the template that its request brings: a sandboxed program that may run for long."
+    trust_chat_template: bool = setting(
+        False,
+        "Render a chat with the template that its request brings: a sandboxed program that may run for long.",
+        aliases=("trust_request_chat_template",),
     )
     max_queued_requests: int = setting(1024, "Requests that may wait for their first step; more are refused with 429.")
     max_queue_time: float | None = setting(None, "Seconds that a request may wait for its first step.")

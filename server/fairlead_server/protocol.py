@@ -213,7 +213,7 @@ class ChatPromptBody(_Body):
         if self.chat_template is not None and not trusts_template:
             raise RequestError(
                 "chat_template is not taken from requests; leave it out, or start the server with "
-                "--trust-request-chat-template",
+                "--trust-chat-template",
                 param="chat_template",
             )
         if not self.messages:

@@ -187,7 +187,7 @@ def test_a_template_of_the_request_is_used_once_it_is_trusted(
     template = "{{ greeting }}, {{ messages[0].content }}{{ eos_token }}"
     own = {"chat_template": template, "chat_template_kwargs": {"greeting": "But soft"}}
     assert client.post(path, json={**body, **own}).status_code == 400
-    monkeypatch.setattr(fake_server.service, "config", ServerConfig(trust_request_chat_template=True))
+    monkeypatch.setattr(fake_server.service, "config", ServerConfig(trust_chat_template=True))
     tokens = ok(client.post(path, json={**body, **own}))["prompt_token_ids"]
     assert ok(client.post("/tokenize", json={"messages": CHAT, **own}))["tokens"] == tokens
     eos = ok(client.get("/tokenizer_info"))["eos_token"]

@@ -17,12 +17,17 @@ Tables = list[dict[int, int]]  # of one sequence: per group, the block of each b
 class CountedCache(PrefixCache):
     """A prefix cache that counts its evictions: a block may be published and evicted within one step."""
 
-    num_evicted = 0
+    _num_evicted = 0
 
     def evict(self) -> tuple[int, bytes]:
         """Counts, and evicts."""
-        self.num_evicted += 1
+        self._num_evicted += 1
         return super().evict()
+
+    def take_evicted(self) -> int:
+        """The evictions since the last call."""
+        count, self._num_evicted = self._num_evicted, 0
+        return count
 
 
 def first_read(sliding_window: int | None, position: int) -> int:

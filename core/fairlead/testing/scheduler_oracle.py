@@ -134,8 +134,8 @@ class Oracle:
             enable_prefix_caching=setup.caching,
             swap_costs=setup.swap_costs,
         )
-        self._caches = [CountedCache() for _ in self.groups]
-        for pool, cache in zip(self.blocks.pools, self._caches, strict=True):
+        self.caches = [CountedCache() for _ in self.groups]
+        for pool, cache in zip(self.blocks.pools, self.caches, strict=True):
             pool.cache = cache
         self.is_hashing = setup.caching or setup.swap_costs is not None
         self.blocks.oracle = self
@@ -465,13 +465,6 @@ class Oracle:
                 block = pool.cache.get(its_hash)
                 assert block is None or kv[block][-1] != POISON
                 assert its_hash not in tier
-
-    def take_evicted(self) -> list[int]:
-        """By group, the evictions since the last call."""
-        counts = [cache.num_evicted for cache in self._caches]
-        for cache in self._caches:
-            cache.num_evicted = 0
-        return counts
 
     def cached_blocks(self) -> list[dict[int, bytes]]:
         return [dict(pool.cache.hashes) for pool in self.blocks.pools]

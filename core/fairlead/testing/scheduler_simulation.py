@@ -221,7 +221,7 @@ class Simulation(Oracle):
         batch = self.scheduler.schedule()
         self.check_batch(batch, before)
         self.check_writes(batch, before, cached_before)
-        num_evicted = self.take_evicted()
+        num_evicted = [cache.take_evicted() for cache in self.caches]
         if self.is_hashing:
             self.check_published(batch, before, [n == 0 for n in num_evicted])
         self.note(batch)

@@ -111,7 +111,7 @@ def router(service: Service) -> APIRouter:
         params = body.sampling_params(service.engine.default_sampling_params)
         prompt = await service.engine.encode_chat(
             [message.for_template() for message in body.messages],
-            body.chat_options(trusts_template=service.config.trust_request_chat_template),
+            body.chat_options(trusts_template=service.config.trust_chat_template),
         )
         request = service.request(prompt.token_ids, params, body, tenant=tenant_of(http), default_max_tokens=None)
         answer = ChatCompletion(service, body, http.state.request_id)

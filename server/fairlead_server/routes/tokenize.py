@@ -27,7 +27,7 @@ def router(service: Service) -> APIRouter:
         body.check()
         if body.prompt is None:
             messages = [message.for_template() for message in body.messages]
-            options = body.chat_options(trusts_template=service.config.trust_request_chat_template)
+            options = body.chat_options(trusts_template=service.config.trust_chat_template)
             token_ids = (await engine.encode_chat(messages, options)).token_ids
         else:
             token_ids = await engine.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
