@@ -25,7 +25,9 @@ def environment(tmp_path: Path, full: bool) -> Callable[..., Path]:
         if with_ours:
             version = f"python{sys.version_info.major}.{sys.version_info.minor}"
             folder = tmp_path / "env" / "lib" / version / "site-packages"
-            (folder / "behind.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+            # Not as plain lines: ours are editable installs, known by .pth files of their own.
+            lines = [f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()]
+            (folder / "behind.pth").write_text("".join(lines))
         return python
 
     return make
