@@ -15,10 +15,10 @@ DEV_INSTALLED := $(VENV)/.dev-installed
 PIP_INSTALL := $(RUN) pip install --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard platforms/*/pyproject.toml platforms/*/hatch_build.py platforms/*/csrc/*)
 
-# In JOBS processes, then one for the tests that hold processes to a time. 5: ARGS chose no test of a part.
+# In JOBS processes, then by file those that hold processes to a time, beside no others. 5: ARGS chose none of a part.
 pytest = @first=0; last=0; \
 	$(RUN) pytest -n $(JOBS) --dist worksteal -m "not alone" $(1) $(ARGS) || first=$$?; \
-	$(RUN) pytest -m alone $(1) $(ARGS) || last=$$?; \
+	$(RUN) pytest -n $(JOBS) --dist loadfile -m alone $(1) $(ARGS) || last=$$?; \
 	if [ $$last -eq 5 ] || { [ $$first -ne 0 ] && [ $$first -ne 5 ]; }; then exit $$first; fi; exit $$last
 
 # Those that end in minutes on their own; kernels.py and compare.py are longer, and said what to measure.

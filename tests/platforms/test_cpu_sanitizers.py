@@ -32,7 +32,7 @@ QUICK = (
     "(apply_is_a_product and (bfloat16 or unquantized)) or (gate_and_up and gelu) or strided_and_empty"
     " or (provider_equals_reference and sliced) or copied_blocks or empty_step or adapters_are or mask_is"
     " or (in_one_call and eight and bfloat16)"
-    " or penalties_are or (filtered_tokens and 257) or (kinds_of_attention and (latent or alibi))"
+    " or penalties_are or (filtered_tokens and 257) or (kinds_of_attention and latent)"
 )
 # ASan's own allocator may be locked in a fork of several threads.
 LEVEL, CHOSEN = ("-O1", "not fork") if FULL else ("-O0", QUICK)

@@ -207,7 +207,7 @@ def test_memory_that_runs_out_in_the_allocator(
     assert isinstance(allocator, FailingAllocator)
     num_calls = allocator.num_calls
     assert num_calls > 10
-    for k in range(1, num_calls + 1, count(4, full=1)):
+    for k in range(1, num_calls + 1, count(8, full=1)):
         monkeypatch.setattr(FailingAllocator, "k", k)
         build_fails(model, platforms, **SETTINGS)
 

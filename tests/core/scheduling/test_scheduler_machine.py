@@ -55,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 def test_hypothesis_finds_no_violation(count: Callable[..., int]) -> None:
-    """An example has 50 steps; the 10^5 of every run are the plain driver's."""
+    """An example has 50 steps: of the 10^5 of every run a quarter is here, the rest is the plain driver's."""
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(max_examples=count(500, full=20_000), deadline=None, report_multiple_bugs=False),
@@ -63,7 +63,7 @@ def test_hypothesis_finds_no_violation(count: Callable[..., int]) -> None:
 
 
 def test_a_long_run_has_no_violation_and_sees_everything(count: Callable[..., int]) -> None:
-    num_steps = count(100_000, full=1_000_000)
+    num_steps = count(75_000, full=1_000_000)
     for seed in [*FAILED_SEEDS, *range(count(1, full=20))]:
         seen = simulate(seed, num_steps)
         for what in EVENTS:

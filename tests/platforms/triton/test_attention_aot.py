@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "float32": {"heads": (32, 8), "head_size": 128, "dtype": "float32"},
 }
 LAUNCHES = ("prompt", "decode", "merge", "write", "rotary_write")
-QUICK = (("sm_90", "attention.kernels:decode_kernel:llama"), ("gfx942", "attention.kernels:decode_kernel:llama"))
+QUICK = (("sm_90", "attention.kernels:merge_kernel:llama"), ("gfx942", "attention.kernels:merge_kernel:llama"))
 CASES = [
     (shape, launch)
     for shape in SHAPES
@@ -56,7 +56,15 @@ def make_backend(
     shape = AttentionShape(spec=spec, num_layers=1, block_size=block_size, dtype=dtype)
     memory = PooledAllocator(lambda size, dtype: torch.empty(size, dtype=dtype))
     traits = tiles.traits_of(target, num_processors=100)
-    return TritonAttention(shape, memory, torch.device("cpu"), kv_dtype=kv_dtype, kv_scales=kv_scales, traits=traits)
+    return TritonAttention(
+        shape,
+        memory,
+        torch.device("cpu"),
+        kv_dtype=kv_dtype,
+        kv_scales=kv_scales,
+        traits=traits,
+        tuning=tiles.tuned(target),
+    )
 
 
 def case(target: str, shape: str, launch: str) -> Case:

@@ -1,8 +1,12 @@
 """The tuning table: what a device gets, and what is refused when the data is read."""
 
+from dataclasses import fields
+
 import pytest
 
 from fairlead.errors import ConfigError
+from fairlead.interface import AttentionSpec
+from fairlead_triton.attention import tiles
 from fairlead_triton.tuning import Tuning, read_table
 
 KERNEL = """
@@ -63,3 +67,23 @@ def test_data_that_means_nothing_is_refused(text: str, message: str) -> None:
 def test_a_kernel_is_in_one_file() -> None:
     with pytest.raises(ConfigError, match=r"b\.toml: kernel 'k' is in another file too"):
         read_table({"a.toml": KERNEL, "b.toml": KERNEL})
+
+
+def test_the_tiles_of_the_attention_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {field.name for field in fields(tiles.Tiles)}
+    assert set(Tuning("sm_90").of("attention")) == names
+    assert tiles.tuned("sm_90") == {}, "0 leaves it to the lists"
+    table = {"attention": {"default": {"decode_keys": 0, "split": 0}, "sm_90": {"decode_keys": 32}}}
+    monkeypatch.setattr(tiles, "Tuning", lambda device: Tuning(device, table))
+    spec = AttentionSpec(num_heads=32, num_kv_heads=8, head_size=128, scale=0.1)
+    chosen = {
+        target: tiles.choose_tiles(
+            spec,
+            item_bytes=2,
+            kv_item_bytes=2,
+            traits=tiles.traits_of(target, num_processors=100),
+            tuning=tiles.tuned(target),
+        )
+        for target in ("sm_90", "sm_100")
+    }
+    assert (chosen["sm_90"].decode_keys, chosen["sm_100"].decode_keys) == (32, 64)

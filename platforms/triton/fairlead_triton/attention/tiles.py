@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 from fairlead.errors import ConfigError
 from fairlead.interface import AttentionSpec
+from fairlead_triton.tuning import Tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,11 @@ class Tiles:
             raise ConfigError(f"tile sizes of the Triton attention must be powers of two, got {self!r}")
         if self.split % self.decode_keys:
             raise ConfigError(f"split {self.split} must be a multiple of decode_keys {self.decode_keys}")
+
+
+def tuned(device: str) -> Mapping[str, int]:
+    """What the tuning table says of a device's tiles, for `choose_tiles`."""
+    return {name: value for name, value in Tuning(device).of("attention").items() if value}
 
 
 def traits_of(target: str, *, num_processors: int) -> DeviceTraits:

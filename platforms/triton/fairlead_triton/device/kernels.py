@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from fairlead.interface import AttentionBackend, AttentionShape
 from fairlead_triton.attention.backend import BLOCK_SIZES, TritonAttention
-from fairlead_triton.attention.tiles import DeviceTraits
+from fairlead_triton.attention.tiles import DeviceTraits, tuned
 from fairlead_triton.device.allocator import DeviceAllocator
 from fairlead_triton.device.runtime import Runtime
 
@@ -15,11 +15,14 @@ TRITON_BLOCK_SIZES = BLOCK_SIZES
 MakeBackend = Callable[[AttentionShape], AttentionBackend]
 
 
-def triton_attention(runtime: Runtime, allocator: DeviceAllocator, traits: DeviceTraits) -> MakeBackend:
-    """Makes TritonAttention for a shape."""
+def triton_attention(
+    runtime: Runtime, allocator: DeviceAllocator, traits: DeviceTraits, tuning_key: str
+) -> MakeBackend:
+    """Makes TritonAttention for a shape, in the tiles of the tuning table's device."""
+    tuning = tuned(tuning_key)
 
     def make(shape: AttentionShape) -> AttentionBackend:
         kv_dtype = "auto" if shape.kv_dtype == shape.dtype else KV_FORMATS.get(shape.kv_dtype, shape.kv_dtype)
-        return TritonAttention(shape, allocator, runtime.torch_device, kv_dtype=kv_dtype, traits=traits)
+        return TritonAttention(shape, allocator, runtime.torch_device, kv_dtype=kv_dtype, traits=traits, tuning=tuning)
 
     return make

@@ -66,7 +66,7 @@ class DevicePlatform(BasicPlatform):
     def use_kernels(self, tuning_key: str, traits: DeviceTraits) -> None:
         """Puts the shared kernels in, tuned for a device."""
         self.tuning_key, self.traits = tuning_key, traits
-        self.backends["triton"] = triton_attention(self.runtime, self.device_allocator, traits)
+        self.backends["triton"] = triton_attention(self.runtime, self.device_allocator, traits, tuning_key)
         self.providers = providers(tuning_key)
         self.methods = linear_methods(tuning_key, self.device_allocator)
 
