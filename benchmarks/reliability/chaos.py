@@ -331,7 +331,7 @@ def _refusals(target: Target, seconds: float) -> list[float]:
         while time.perf_counter() < end:
             await asyncio.sleep(random.uniform(0.1, 0.3))
             answer = await ask(target, SHORT)
-            if answer.error == "status 429":
+            if answer.status == 429:
                 times.append(answer.end - answer.start)
 
     async def run() -> None:

@@ -17,9 +17,13 @@ MAX_ERROR_BYTES = 4096  # of an answer that is none
 
 @dataclass(slots=True, kw_only=True)
 class Answer:
-    """One request, by time.perf_counter(): when it began, and when each event with text came."""
+    """One request, by time.perf_counter(): when it began, and when each event with text came.
+
+    `status` is that of the response, 0 if none came.
+    """
 
     start: float
+    status: int = 0
     end: float = 0.0
     times: list[float] = field(default_factory=list)
     num_prompt_tokens: int = 0
@@ -96,11 +100,11 @@ async def ask(target: Target, body: dict[str, Any]) -> Answer:
 
 
 async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:
-    status = int((await reader.readline()).split()[1])
+    answer.status = int((await reader.readline()).split()[1])
     while (await reader.readline()).strip():
         pass
-    if status != 200:
-        answer.error = f"status {status}: {_message(await reader.read(MAX_ERROR_BYTES))}"
+    if answer.status != 200:
+        answer.error = f"status {answer.status}: {_message(await reader.read(MAX_ERROR_BYTES))}"
         return
     last = b""
     while line := await reader.readline():

@@ -41,12 +41,15 @@ _BENCH_SERVE = (
 _OUTPUT_JSON = Awaited(name="output_json", feature=_TO_FILE)
 
 _Tables = tuple[tuple[str, ...], tuple[Awaited, ...]]  # flags that change nothing, flags that wait
-_ENGINE: _Tables = ((*ACCEPTED, TRUST_REMOTE_CODE), AWAITED)
+_ACCEPTED = (*ACCEPTED, TRUST_REMOTE_CODE)
+_OF_ENGINES: Mapping[str, _Tables] = {
+    "serve": (_ACCEPTED, AWAITED),
+    "run": (_ACCEPTED, AWAITED),
+    "bench latency": (_ACCEPTED, (*AWAITED, _OUTPUT_JSON)),
+    "bench throughput": (_ACCEPTED, (*AWAITED, _OUTPUT_JSON, *_DATA_SETS)),
+}
 COMMANDS: Mapping[str, _Tables] = {
-    "serve": _ENGINE,
-    "run": _ENGINE,
-    "bench latency": (_ENGINE[0], (*AWAITED, _OUTPUT_JSON)),
-    "bench throughput": (_ENGINE[0], (*AWAITED, _OUTPUT_JSON, *_DATA_SETS)),
+    **_OF_ENGINES,
     "bench serve": (("ignore_eos", "disable_tqdm", "tokenizer", TRUST_REMOTE_CODE), _BENCH_SERVE),
 }
 _VALUED = frozenset({"tokenizer"})  # accepted flags with a value; that of any other one may be true or false
@@ -96,7 +99,7 @@ def _flag(argument: str, rest: list[str], command: str, tables: _Tables) -> list
     flag, name, level = _named(spelt, tables[1])
     if name in REPLACED and command == "serve":
         return list(REPLACED[name])
-    if name in SHORT_FLAGS and not spelt.startswith("--") and tables[0] is _ENGINE[0]:
+    if name in SHORT_FLAGS and not spelt.startswith("--") and command in _OF_ENGINES:
         flag = f"--{SHORT_FLAGS[name]}"
     elif _taken(name, value if equals else level, rest, tables):
         return []
@@ -119,13 +122,13 @@ def _taken(name: str, given: str | None, rest: list[str], tables: _Tables) -> bo
     accepted, awaited = tables
     positive = name.removeprefix("no_")
     for item in awaited:
-        if item.name == name and item.is_switch:
-            item.check(True if given is None else given)
-            return True
         if item.name == name:
-            item.check(_value(name, rest) if given is None else given)
+            if given is not None:
+                item.check(given)
+            else:
+                item.check(True if item.is_switch else _value(name, rest))
             return True
-        if item.name == positive and item.neutral == (False,):
+        if item.name == positive and item.is_switch:
             return True
     if name in accepted or positive in accepted:
         if name in _VALUED and given is None:

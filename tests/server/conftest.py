@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -262,3 +263,13 @@ def start_module_server() -> Iterator[Callable[..., ServerProcess]]:
 def module_server(start_module_server: Callable[..., ServerProcess]) -> ServerProcess:
     """One `fairlead serve demo` for the tests of a module."""
     return start_module_server("demo", "--port", "0")
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """`serve` only notes its configs."""
+    from fairlead_server import serve
+
+    configs: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(serve, "serve", lambda engine, server: configs.append((engine, server)) or 0)
+    return configs

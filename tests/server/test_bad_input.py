@@ -10,17 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-
-from fairlead.config import ServerConfig
-from fairlead_server.app import create_app
+from bodies import BODIES, schemas
 
 PROBE: dict[str, Any] = {"prompt": [300], "max_tokens": 5, "ignore_eos": True}
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"prompt": [300], "max_tokens": 2},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
-    "/tokenize": {"prompt": "Hi"},
-    "/detokenize": {"tokens": [300]},
-}
 GENERATING = ("/v1/completions", "/v1/chat/completions")
 
 ODD: list[Any] = [
@@ -31,20 +23,7 @@ ODD: list[Any] = [
 ]
 
 
-def taking_bodies() -> dict[str, list[str]]:
-    """The routes that take a body, with the names of their fields, from the table that the server publishes."""
-    engine = type("Engine", (), {"info": type("Info", (), {"model": "demo", "max_model_len": 9})(), "observer": None})()
-    document = create_app(engine, ServerConfig()).openapi()
-    found = {}
-    for path, methods in document["paths"].items():
-        for operation in methods.values():
-            if "requestBody" in operation:
-                name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-                found[path] = sorted(document["components"]["schemas"][name]["properties"])
-    return found
-
-
-ROUTES = taking_bodies()
+ROUTES = {path: sorted(fields) for path, fields in schemas().items()}
 UNDECLARED = [  # known to others, or to nobody
     *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
     *("tools", "tool_choice", "suffix", "chat_template", "prompt_embeds", "lora_request", "model_config", "__class__"),

@@ -9,18 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-
-from fairlead.config import ServerConfig
-from fairlead_server.app import create_app
+from bodies import BODIES, CHAT, schemas
 
 V = 1024  # of the embedded model, whose tokenizer the fake engine has
-CHAT: list[dict[str, Any]] = [{"role": "user", "content": "Hi"}]
-BODIES: dict[str, dict[str, Any]] = {
-    "/v1/completions": {"prompt": [300], "max_tokens": 2},
-    "/v1/chat/completions": {"messages": CHAT, "max_tokens": 2},
-    "/tokenize": {"prompt": "Hi"},
-    "/detokenize": {"tokens": [300]},
-}
 SAMPLES: dict[str, list[str]] = {  # JSON by the type that a schema names
     "integer": [],
     "number": [],
@@ -30,19 +21,6 @@ SAMPLES: dict[str, list[str]] = {  # JSON by the type that a schema names
     "object": ["{}"],
 }
 NEVER = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000]
-
-
-def schemas() -> dict[str, dict[str, Any]]:
-    """The fields of each route that takes a body, with their schemas, from the document that the server publishes."""
-    engine = type("Engine", (), {"info": type("Info", (), {"model": "demo", "max_model_len": 9})(), "observer": None})()
-    document = create_app(engine, ServerConfig()).openapi()
-    found = {}
-    for path, methods in document["paths"].items():
-        for operation in methods.values():
-            if "requestBody" in operation:
-                name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-                found[path] = document["components"]["schemas"][name]["properties"]
-    return found
 
 
 ROUTES = schemas()

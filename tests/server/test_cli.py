@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import invoke
 
 import fairlead
 from fairlead import demo
@@ -21,14 +22,6 @@ from fairlead_server import cli
 from fairlead_server.cli_options import gather, spread_lists
 
 
-def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as raised:
-        cli.main(list(arguments))
-    captured = capsys.readouterr()
-    assert isinstance(raised.value.code, int)
-    return raised.value.code, captured.out, captured.err
-
-
 def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> str:
     """Runs a command line that fails; returns its one line."""
     code, out, err = invoke(capsys, *arguments)
@@ -36,16 +29,6 @@ def fails(capsys: pytest.CaptureFixture[str], status: int, *arguments: str) -> s
     assert err.startswith("error: ")
     assert err.count("\n") == 1, err
     return err
-
-
-@pytest.fixture
-def no_serving(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
-    """`serve` only notes its configs."""
-    from fairlead_server import serve
-
-    configs: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(serve, "serve", lambda engine, server: configs.append((engine, server)) or 0)
-    return configs
 
 
 @pytest.mark.parametrize(
@@ -177,11 +160,11 @@ def test_a_platform_that_cannot_be_used_is_listed_with_its_reason(
     ],
 )
 def test_flags_aliases_and_negations_reach_the_config(
-    capsys: pytest.CaptureFixture[str], no_serving: list[Any], arguments: list[str]
+    capsys: pytest.CaptureFixture[str], served: list[Any], arguments: list[str]
 ) -> None:
     flags = [f"--{name.replace('_', '-')}" for name in ACCEPTED]
     assert invoke(capsys, *arguments, *flags, "--op-providers", "a=b", "--op-providers", "c=d")[0] == 0
-    [(engine, server)] = no_serving
+    [(engine, server)] = served
     assert (engine.model.model, server.port) == ("some/model", 1)
     assert engine.cache.device_memory_utilization == 0.5
     assert engine.cache.enable_prefix_caching is False
@@ -189,7 +172,7 @@ def test_flags_aliases_and_negations_reach_the_config(
 
 
 def test_the_layers(
-    capsys: pytest.CaptureFixture[str], no_serving: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], served: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("model: from/file\nport: 1\nblock-size: 2\nmax_num_seqs: 3\nenable_prefix_caching: false\n")
@@ -197,7 +180,7 @@ def test_the_layers(
     monkeypatch.setenv("FAIRLEAD_MAX_NUM_SEQS", "30")
     monkeypatch.setenv("FAIRLEAD_SKIP_TOKENIZER_INIT", "1")
     assert invoke(capsys, "serve", "--config", str(file), "--max-num-seqs", "300")[0] == 0
-    [(engine, server)] = no_serving
+    [(engine, server)] = served
     assert (engine.model.model, server.port, server.host) == ("from/file", 1, "127.0.0.1")
     assert (engine.cache.block_size, engine.scheduler.max_num_seqs) == (20, 300)
     assert (engine.cache.enable_prefix_caching, engine.model.skip_tokenizer_init) == (False, True)
@@ -330,18 +313,16 @@ def test_the_module_serves_like_the_command() -> None:
     assert "port must be from 0 to 65535" in done.stderr
 
 
-def test_neutral_values_of_what_is_not_there_yet_pass(
-    capsys: pytest.CaptureFixture[str], no_serving: list[Any]
-) -> None:
+def test_neutral_values_of_what_is_not_there_yet_pass(capsys: pytest.CaptureFixture[str], served: list[Any]) -> None:
     flags = "-tp 1 --pipeline-parallel-size 1 --kv-cache-dtype auto --tokenizer-mode auto --no-ui"
     assert invoke(capsys, "serve", "demo", *flags.split())[0] == 0
-    assert len(no_serving) == 1
+    assert len(served) == 1
 
 
-def test_lists_are_taken_as_the_guides_write_them(capsys: pytest.CaptureFixture[str], no_serving: list[Any]) -> None:
+def test_lists_are_taken_as_the_guides_write_them(capsys: pytest.CaptureFixture[str], served: list[Any]) -> None:
     names = ["--served-model-name", "a", "b"]
     assert invoke(capsys, "serve", "demo", *names, "--allowed-origins", '["*"]', "--api-key", "k1", "k2")[0] == 0
-    [(engine, server)] = no_serving
+    [(engine, server)] = served
     assert engine.model.model == "demo"
     assert (server.served_model_name, server.cors_origins, server.api_key) == (("a", "b"), ("*",), ("k1", "k2"))
 
@@ -359,18 +340,18 @@ def test_a_list_ends_at_the_next_flag(arguments: str, expected: str) -> None:
     assert spread_lists(arguments.split()) == expected.split()
 
 
-def test_enable_metrics_is_the_legacy_set(capsys: pytest.CaptureFixture[str], no_serving: list[Any]) -> None:
+def test_enable_metrics_is_the_legacy_set(capsys: pytest.CaptureFixture[str], served: list[Any]) -> None:
     assert invoke(capsys, "serve", "demo", "--enable-metrics")[0] == 0
-    assert no_serving[0][1].metrics_compat == "vllm-legacy"
+    assert served[0][1].metrics_compat == "vllm-legacy"
 
 
 def test_secrets_come_from_the_environment_and_show_nowhere(
-    capsys: pytest.CaptureFixture[str], no_serving: list[Any], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], served: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAIRLEAD_API_KEY", "s3cret other")
     assert invoke(capsys, "serve", "demo")[0] == 0
-    assert no_serving[0][1].api_key == ("s3cret", "other")
-    assert "s3cret" not in repr(no_serving)
+    assert served[0][1].api_key == ("s3cret", "other")
+    assert "s3cret" not in repr(served)
     code, out, err = invoke(capsys, "serve", "demo", "--port", "x", "--debug")
     assert code == 2
     assert "s3cret" not in out + err

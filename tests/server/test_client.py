@@ -5,17 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from command_line import invoke
 
 from fairlead.config import ServerConfig
-from fairlead_server import cli
-
-
-def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as raised:
-        cli.main(list(arguments))
-    captured = capsys.readouterr()
-    assert isinstance(raised.value.code, int)
-    return raised.value.code, captured.out, captured.err
 
 
 def test_a_prompt_is_completed(capsys: pytest.CaptureFixture[str], fake_server: Any) -> None:

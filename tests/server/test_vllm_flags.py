@@ -5,33 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import invoke
 
 from fairlead.config import ACCEPTED, AWAITED, EngineConfig, ServerConfig, absorbed, engine_settings, settings_of
 from fairlead.errors import ConfigError
 from fairlead.testing.tiny_model import write_tiny_llama
-from fairlead_server import cli
 from fairlead_server.cli_options import gather, whole_number
 from fairlead_server.vllm_flags import AWAITED_COMMANDS, COMMANDS, translate
 
 SETTINGS = [*engine_settings(), *settings_of("server", ServerConfig)]
-
-
-def invoke(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as raised:
-        cli.main(list(arguments))
-    captured = capsys.readouterr()
-    assert isinstance(raised.value.code, int)
-    return raised.value.code, captured.out, captured.err
-
-
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig]]:
-    """`serve` only notes its configs."""
-    from fairlead_server import serve
-
-    configs: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(serve, "serve", lambda engine, server: configs.append((engine, server)) or 0)
-    return configs
 
 
 def flags_of(name: str) -> list[str]:

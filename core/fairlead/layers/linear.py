@@ -57,8 +57,9 @@ class Linear(torch.nn.Module):
 
     def give_residual(self) -> None:
         """Leaves the sum in `add` to the layer's method, if it can do it."""
-        self._adds = self._table.fuses(self.method, self.shape, None)
-        self._apply_method = self._table.apply_of(self.method, self.shape, self._activation, adds=self._adds)
+        if self._table.fuses(self.method, self.shape, None):
+            self._adds = True
+            self._apply_method = self._table.apply_of(self.method, self.shape, self._activation, adds=True)
 
     def pack_weights(self) -> None:
         """Hands the loaded weight over to the method."""

@@ -37,10 +37,10 @@ enum Activation : int32_t {
   kNone = 0,
   kSiluMul = 1,  // the two that multiply by the up projection come first
   kGeluMul = 2,  // by its tanh form
-  kGeluTanh = 4,
-  kGelu = 5,
-  kRelu = 6,
-  kSilu = 7,
+  kGeluTanh = 3,
+  kGelu = 4,
+  kRelu = 5,
+  kSilu = 6,
 };
 
 inline bool gated(int32_t activation) { return activation >= kSiluMul && activation <= kGeluMul; }

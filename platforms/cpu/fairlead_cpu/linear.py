@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 
 from fairlead.interface import GATED_ACTIVATIONS, UNQUANTIZED, LinearMethod, LinearShape, MemoryAllocator, MoeSpec
-from fairlead_cpu.moe import PackedExperts, apply_experts, pack_experts
-from fairlead_cpu.native import Kernels, LinearLayer
+from fairlead_cpu.moe import PackedExperts, apply_experts
+from fairlead_cpu.native import Kernels, LinearLayer, Offsets
 from fairlead_cpu.native_ops import DTYPES
 
 # The numbers of csrc/matmul.h.
@@ -18,10 +18,10 @@ ACTIVATIONS = {
     None: 0,
     "silu_and_mul": 1,
     "gelu_and_mul": 2,
-    "gelu_tanh": 4,
-    "gelu": 5,
-    "relu": 6,
-    "silu": 7,
+    "gelu_tanh": 3,
+    "gelu": 4,
+    "relu": 5,
+    "silu": 6,
 }
 _INEXACT = ("silu", "gelu", "gelu_tanh")  # the gated ones are the native ops' own, bit by bit
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = range(4)
@@ -41,7 +41,7 @@ class PackedLinear:
 
     __slots__ = ("_address", "_base", "dtype", "layer", "memory", "num_outputs", "offsets", "pair")
 
-    def __init__(self, layer: LinearLayer, memory: torch.Tensor, offsets: tuple[int, int, int], *, pair: bool) -> None:
+    def __init__(self, layer: LinearLayer, memory: torch.Tensor, offsets: Offsets, *, pair: bool) -> None:
         self.layer, self.memory, self.offsets, self.pair = layer, memory, offsets, pair
         self.num_outputs: int = layer.out
         self.dtype = torch.bfloat16 if layer.x_dtype else torch.float32
@@ -68,7 +68,7 @@ class NativeLinear:
 
     def __init__(self, scheme: str, kernels: Kernels, allocator: MemoryAllocator) -> None:
         self.scheme = scheme
-        self.call, self._linear = kernels.call, kernels.call.fl_linear
+        self._call, self._linear = kernels.call, kernels.call.fl_linear
         self._allocator = allocator
 
     def refuses(self, shape: LinearShape) -> str | None:
@@ -99,42 +99,41 @@ class NativeLinear:
         return self._pack(tensors["weight"], activation)
 
     def _pack(self, weight_OI: torch.Tensor, activation: str | None) -> PackedLinear:
-        memory = self.memory(self.size_of(weight_OI, activation)[1])
-        layer, offsets = self.pack_into(weight_OI, activation, memory)
+        offsets, num_bytes = self._layout_of(weight_OI, activation)
+        memory = self._memory(num_bytes)
+        layer = self._pack_into(weight_OI, activation, memory, offsets)
         return PackedLinear(layer, memory, offsets, pair=activation in GATED_ACTIVATIONS)
 
-    def memory(self, num_bytes: int) -> torch.Tensor:
-        """For packed weights."""
+    def _memory(self, num_bytes: int) -> torch.Tensor:
         memory = self._allocator.empty((num_bytes,), torch.uint8, tag="weights")
-        self.call.fl_advise_huge_pages(memory.data_ptr(), num_bytes)
+        self._call.fl_advise_huge_pages(memory.data_ptr(), num_bytes)
         return memory
 
-    def size_of(self, weight_OI: torch.Tensor, activation: str | None) -> tuple[tuple[int, int, int], int]:
-        """Offsets of weight, scales and sums in a layer's memory, and its size, in bytes."""
+    def _layout_of(self, weight_OI: torch.Tensor, activation: str | None) -> tuple[Offsets, int]:
+        num_outputs, num_inputs = weight_OI.shape
         pair = activation in GATED_ACTIVATIONS
-        num_outputs = weight_OI.shape[0] // 2 if pair else weight_OI.shape[0]
-        return self._layout(weight_OI.dtype, num_outputs, weight_OI.shape[1], pair=pair)
+        return self._layout(weight_OI.dtype, num_outputs // 2 if pair else num_outputs, num_inputs, pair=pair)
 
-    def pack_into(
-        self, weight_OI: torch.Tensor, activation: str | None, memory: torch.Tensor
-    ) -> tuple[LinearLayer, tuple[int, int, int]]:
-        """Writes the weight, and returns its record and the offsets of what that points to."""
+    def _pack_into(
+        self, weight_OI: torch.Tensor, activation: str | None, memory: torch.Tensor, offsets: Offsets
+    ) -> LinearLayer:
+        """Writes weight, scales and sums to their offsets in the memory; returns the layer's record."""
         pair = activation in GATED_ACTIVATIONS
         num_inputs = weight_OI.shape[1]
         num_outputs = weight_OI.shape[0] // 2 if pair else weight_OI.shape[0]
         if num_inputs > 1 and weight_OI.stride(1) != 1:
             weight_OI = weight_OI.contiguous()
         dtype = DTYPES[weight_OI.dtype]
-        offsets, base = self.size_of(weight_OI, activation)[0], memory.data_ptr()
+        base = memory.data_ptr()
         source = (weight_OI.data_ptr(), dtype, weight_OI.stride(0), num_outputs, num_inputs)
         to, scale, sums = (base + offset for offset in offsets)
         if self.scheme == "int8":
-            self.call.fl_pack_int8(pair, *source, to, scale, sums)
+            self._call.fl_pack_int8(pair, *source, to, scale, sums)
         elif self.scheme == "int4":
-            self.call.fl_pack_int4(pair, *source, to, scale)
+            self._call.fl_pack_int4(pair, *source, to, scale)
         else:
-            self.call.fl_pack_float(dtype, pair, *source, to)
-        layer = LinearLayer(
+            self._call.fl_pack_float(dtype, pair, *source, to)
+        return LinearLayer(
             scheme=self._number(weight_OI.dtype),
             x_dtype=dtype,
             y_dtype=dtype,
@@ -142,7 +141,6 @@ class NativeLinear:
             k=num_inputs,
             out=num_outputs,
         )
-        return layer, offsets
 
     def apply(self, x_NI: torch.Tensor, packed: object, bias_O: torch.Tensor | None) -> torch.Tensor:
         """One native call."""
@@ -192,22 +190,33 @@ class NativeLinear:
         return self.refuses(enter) or self.refuses(leave)
 
     def pack_experts(self, tensors: Mapping[str, torch.Tensor], spec: MoeSpec) -> PackedExperts:
-        """The layouts of all experts' layers, one behind the other."""
-        return pack_experts(self, self.call, tensors["gate_up"], tensors["down"], spec)
+        """The layouts of all experts' layers, one behind the other; the second ones give float32, which is summed."""
+        weights: list[tuple[torch.Tensor, str | None]] = [(weight, "silu_and_mul") for weight in tensors["gate_up"]]
+        weights += [(weight, None) for weight in tensors["down"]]
+        layouts = [self._layout_of(weight, activation) for weight, activation in weights]
+        memory = self._memory(sum(num_bytes for _, num_bytes in layouts))
+        layers, offsets, begin = [], [], 0
+        for (weight, activation), ((first, second, third), num_bytes) in zip(weights, layouts, strict=True):
+            offsets.append((begin + first, begin + second, begin + third))
+            layers.append(self._pack_into(weight, activation, memory, offsets[-1]))
+            begin += num_bytes
+        for layer in layers[spec.num_experts :]:
+            layer.y_dtype = DTYPES[torch.float32]
+        return PackedExperts(self._call, spec, memory, layers, offsets)
 
     def apply_experts(
         self, x_TE: torch.Tensor, logits_TX: torch.Tensor, correction_X: torch.Tensor | None, packed: object
     ) -> torch.Tensor:
         """One native call for routing, products and the sum."""
         assert isinstance(packed, PackedExperts)
-        return apply_experts(self.call, x_TE, logits_TX, correction_X, packed)
+        return apply_experts(self._call, x_TE, logits_TX, correction_X, packed)
 
     def dequantise(self, packed: object) -> torch.Tensor:
         """Undoes the layout with torch; int8 and int4 in float32."""
         assert isinstance(packed, PackedLinear)
         num_inputs, num_outputs = packed.layer.k, packed.num_outputs
         padded = -(-num_inputs // _PAD_K) * _PAD_K
-        columns = self.call.fl_packed_columns(packed.pair, num_outputs)
+        columns = self._call.fl_packed_columns(packed.pair, num_outputs)
         weight, scale, sums = packed.offsets
         if self.scheme == "int4":
             weight_PI = _int4_numbers(packed.memory[:scale].view(torch.int32), columns, padded)
@@ -229,12 +238,10 @@ class NativeLinear:
     def _number(self, dtype: torch.dtype) -> int:
         return {"int8": _INT8, "int4": _INT4}.get(self.scheme, DTYPES[dtype])
 
-    def _layout(
-        self, dtype: torch.dtype, num_outputs: int, num_inputs: int, *, pair: bool
-    ) -> tuple[tuple[int, int, int], int]:
+    def _layout(self, dtype: torch.dtype, num_outputs: int, num_inputs: int, *, pair: bool) -> tuple[Offsets, int]:
         """Offsets of weight, scales and sums in a layer's memory, and its size, in bytes."""
-        weight = self.call.fl_packed_bytes(self._number(dtype), pair, num_outputs, num_inputs)
-        columns = self.call.fl_packed_columns(pair, num_outputs)
+        weight = self._call.fl_packed_bytes(self._number(dtype), pair, num_outputs, num_inputs)
+        columns = self._call.fl_packed_columns(pair, num_outputs)
         padded = -(-num_inputs // _PAD_K) * _PAD_K
         scale = {"int8": 4 * columns, "int4": 2 * columns * (padded // INT4_GROUP)}.get(self.scheme, 0)
         sums = 4 * columns if self.scheme == "int8" else 0

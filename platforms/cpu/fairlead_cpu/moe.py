@@ -5,34 +5,13 @@ Shapes: T tokens, E model width, F width of an expert, X experts.
 
 import ctypes
 from types import SimpleNamespace
-from typing import Protocol
 
 import torch
 
 from fairlead.interface import MoeSpec
-from fairlead_cpu.native import LinearLayer, MoeLayer
+from fairlead_cpu.native import LinearLayer, MoeLayer, Offsets
 
-ACTIVATION = "silu_and_mul"
-_FLOAT32 = 0
 _LINE, _NUM_PARTS = 64, 8  # of scratch memory
-
-
-class Packing(Protocol):
-    """What packing asks of the linear method."""
-
-    def size_of(self, weight_OI: torch.Tensor, activation: str | None) -> tuple[tuple[int, int, int], int]:
-        """Offsets of weight, scales and sums in a layer's memory, and its size, in bytes."""
-        ...
-
-    def memory(self, num_bytes: int) -> torch.Tensor:
-        """For packed weights."""
-        ...
-
-    def pack_into(
-        self, weight_OI: torch.Tensor, activation: str | None, memory: torch.Tensor
-    ) -> tuple[LinearLayer, tuple[int, int, int]]:
-        """Writes the weight, and returns its record and the offsets of what that points to."""
-        ...
 
 
 class PackedExperts:
@@ -60,7 +39,7 @@ class PackedExperts:
         spec: MoeSpec,
         memory: torch.Tensor,
         layers: list[LinearLayer],
-        offsets: list[tuple[int, int, int]],
+        offsets: list[Offsets],
     ) -> None:
         """First every expert's first layer, then every second one; offsets are from the memory's begin."""
         self.memory, self._offsets = memory, offsets
@@ -100,24 +79,6 @@ class PackedExperts:
         self._base = base
         for layer, offsets in zip(self._layers, self._offsets, strict=True):
             layer.weight, layer.scale, layer.sums = (base + offset for offset in offsets)
-
-
-def pack_experts(
-    method: Packing, call: SimpleNamespace, gate_up_X2FE: torch.Tensor, down_XEF: torch.Tensor, spec: MoeSpec
-) -> PackedExperts:
-    """Each expert's layers as the method packs them; the second ones give float32, which is what is summed."""
-    weights = [(weight, ACTIVATION) for weight in gate_up_X2FE] + [(weight, None) for weight in down_XEF]
-    sizes = [method.size_of(weight, activation)[1] for weight, activation in weights]
-    memory = method.memory(sum(sizes))
-    layers, all_offsets, begin = [], [], 0
-    for (weight, activation), size in zip(weights, sizes, strict=True):
-        layer, offsets = method.pack_into(weight, activation, memory[begin : begin + size])
-        if activation is None:
-            layer.y_dtype = _FLOAT32
-        layers.append(layer)
-        all_offsets.append((begin + offsets[0], begin + offsets[1], begin + offsets[2]))
-        begin += size
-    return PackedExperts(call, spec, memory, layers, all_offsets)
 
 
 def apply_experts(

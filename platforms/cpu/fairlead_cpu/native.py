@@ -96,6 +96,10 @@ class LinearLayer(ctypes.Structure):
     )
 
 
+Offsets = tuple[int, int, int]
+"""Of a layer's weight, scales and sums in its memory, in bytes."""
+
+
 class MoeLayer(ctypes.Structure):
     """FlMoe of csrc/moe.cpp."""
 

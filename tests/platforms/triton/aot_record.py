@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,12 @@ def recorded(target: str, case: Case) -> Compiled:
     return Compiled(target=target, name=case.name, shared_bytes=shared_bytes, spills=spills, registers=registers)
 
 
-def every_case() -> Iterator[tuple[str, Case]]:
-    """(target, case) of all tests."""
+def cases_of(target: str) -> list[Case]:
+    """Those of all tests."""
     import test_aot_kernels
     import test_attention_aot
 
-    for target in TARGETS:
-        yield from ((target, case) for case in test_aot_kernels.unique(target))
-        yield from ((target, case) for case in test_attention_aot.cases_of(target))
+    return [*test_aot_kernels.unique(target), *test_attention_aot.cases_of(target)]
 
 
 def main() -> None:
@@ -77,7 +74,7 @@ def main() -> None:
     record: dict[str, dict[str, list[Any]]] = {}
     errors = []
     for target in TARGETS:
-        cases = {case.name: (key_of(target, case), case) for name, case in every_case() if name == target}
+        cases = {case.name: (key_of(target, case), case) for case in cases_of(target)}
         old = {
             name: entry
             for name, entry in read().get(target, {}).items()

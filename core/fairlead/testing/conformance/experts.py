@@ -3,15 +3,14 @@
 Shapes: T packed tokens, E model width, F width of an expert, X experts, N rows of an expert.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 
-from fairlead.interface import ExpertsMethod, LinearMethod, LinearShape, MoeSpec
+from fairlead.interface import ExpertsMethod, LinearShape, MoeSpec
 from fairlead.ops import reference
-from fairlead.ops.linear import TOLERANCE
-from fairlead.testing.conformance.check import Outcome
-from fairlead.testing.conformance.subject import Subject
+from fairlead.testing.conformance.method import MethodCheck
 
 SIZES, MORE_SIZES = ((64, 48),), ((96, 33), (320, 128))  # model width, width of an expert
 TOKENS = (1, 7, 33)
@@ -23,39 +22,29 @@ SPECS = (
 )
 
 
-class Experts:
-    """One method in one dtype."""
+class Experts(MethodCheck):
+    """Tokens of any number, by softmax and by sigmoids of groups."""
 
-    def __init__(self, subject: Subject, scheme: str, method: LinearMethod, dtype: str) -> None:
-        self.s, self.method, self.experts = subject, method, cast(ExpertsMethod, method)
-        self.hook = f"linear_methods[{scheme!r}] {method.name!r}.apply_experts"
-        self.dtype_name, self.tolerance = dtype, TOLERANCE[scheme][dtype]
-        self.dtype: torch.dtype = getattr(torch, dtype)
-        capabilities = subject.platform.capabilities
-        own = subject.platform.linear_methods()[scheme]
-        self._is_invariant = capabilities.batch_invariant and not capabilities.static_shapes and own[0] is method
+    ending = "_experts"
 
-    def run(self) -> Outcome:
-        """Tokens of any number, by softmax and by sigmoids of groups."""
-        errors, reasons = [], []
-        for size in self.s.pick(SIZES, MORE_SIZES):
-            for spec in SPECS:
-                E, F = size
-                enter = LinearShape(in_features=E, out_features=2 * F, dtype=self.dtype_name)
-                leave = LinearShape(in_features=F, out_features=E, dtype=self.dtype_name)
-                refused = self.method.refuses(enter) or self.method.refuses(leave)
-                reason = refused or self.experts.refuses_experts(enter, leave, spec)
-                if reason is None:
-                    errors += self._examine(E, F, spec)
-                    continue
-                hook = f"{self.hook.removesuffix('.apply_experts')}.refuses_experts"
-                self.s.expect(isinstance(reason, str) and bool(reason), hook, "a reason", repr(reason))
-                reasons.append(reason)
-        if not errors:
-            return Outcome(status="unsupported", reason=reasons[0])
-        return self.s.judge(errors, self.tolerance)
+    @property
+    def experts(self) -> ExpertsMethod:
+        """The method, as what it is beside."""
+        return cast(ExpertsMethod, self.method)
 
-    def _examine(self, E: int, F: int, spec: MoeSpec) -> list[float]:
+    def cases(self) -> Iterator[tuple[int, int, MoeSpec]]:
+        """Each size with each kind of routing."""
+        return ((E, F, spec) for E, F in self.s.pick(SIZES, MORE_SIZES) for spec in SPECS)
+
+    def refusal(self, E: int, F: int, spec: MoeSpec) -> str | None:
+        """Of one of the two layers, or of both as experts."""
+        enter = LinearShape(in_features=E, out_features=2 * F, dtype=self.dtype_name)
+        leave = LinearShape(in_features=F, out_features=E, dtype=self.dtype_name)
+        refused = self.method.refuses(enter) or self.method.refuses(leave)
+        return refused or self.experts.refuses_experts(enter, leave, spec)
+
+    def examine(self, E: int, F: int, spec: MoeSpec) -> list[float]:
+        """With logits of which no two of a token are alike, and x a view."""
         generator, X = torch.Generator().manual_seed(E), spec.num_experts
 
         def drawn(*size: int) -> torch.Tensor:
@@ -107,15 +96,10 @@ class Experts:
         x_TE, logits_TX = self.s.to_host(x).float(), self.s.to_host(logits)
         correction_X = None if correction is None else self.s.to_host(correction)
         want = reference.moe_by_expert(x_TE, logits_TX, correction_X, spec, run_expert)
-        found = self.s.to_host(got).float()
-        self.s.expect(not found.isnan().any(), self.hook, f"numbers for {where}", "NaN")
-        error = float((found - want).norm() / want.norm())
-        expected = f"an error of at most {self.tolerance:g} (of norms) for {where}"
-        self.s.expect(error <= self.tolerance, self.hook, expected, f"{error:.2e}")
-        if self._is_invariant:
+        error = self.error_of(got, want, where)
+        if self.is_invariant:
             row = slice(len(x) // 2, len(x) // 2 + 1)
             with torch.inference_mode():
                 one = self.experts.apply_experts(x[row], logits[row], correction, packed)
-            expected = f"the bits of a token whatever its batch (capabilities.batch_invariant), for {where}"
-            self.s.expect(torch.equal(self.s.to_host(one).float(), found[row]), self.hook, expected, "others")
+            self.expect_same_bits(one, got[row], where)
         return error

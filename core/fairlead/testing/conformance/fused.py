@@ -3,17 +3,15 @@
 Shapes: N rows, I input features, O output features of the weight, F of the result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch.nn import functional
 
-from fairlead.interface import GATED_ACTIVATIONS, FusedLinearMethod, LinearMethod, LinearShape
+from fairlead.interface import GATED_ACTIVATIONS, FusedLinearMethod, LinearShape
 from fairlead.ops import reference
-from fairlead.ops.linear import TOLERANCE
-from fairlead.testing.conformance.check import Outcome
-from fairlead.testing.conformance.subject import Subject
+from fairlead.testing.conformance.method import MethodCheck
 
 SIZES, MORE_SIZES = ((64, 48), (320, 134)), ((96, 96), (576, 1536))  # inputs, outputs
 ROWS = (0, 1, 7, 33)
@@ -29,37 +27,27 @@ MEANING: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Fused:
-    """One method with one activation, or with a residual alone, in one dtype."""
+class Fused(MethodCheck):
+    """One activation, or a residual alone: rows of any number, with bias and residual and without."""
 
-    def __init__(self, subject: Subject, scheme: str, method: LinearMethod, dtype: str, activation: str | None) -> None:
-        self.s, self.method, self.activation = subject, method, activation
-        self.fused = cast(FusedLinearMethod, method)
+    ending = "_fused"
+
+    def __init__(self, *args: Any, activation: str | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation, self.fused = activation, cast(FusedLinearMethod, self.method)
         self.what = "residual" if activation is None else f"{activation} and residual"
-        self.hook = f"linear_methods[{scheme!r}] {method.name!r}.apply_fused"
-        self.dtype_name, self.tolerance = dtype, TOLERANCE[scheme][dtype]
-        self.dtype: torch.dtype = getattr(torch, dtype)
-        own = subject.platform.linear_methods()[scheme]
-        capabilities = subject.platform.capabilities
-        self._is_invariant = capabilities.batch_invariant and not capabilities.static_shapes and own[0] is method
 
-    def run(self) -> Outcome:
-        """Rows of any number, with bias and residual and without."""
-        errors, reasons = [], []
+    def cases(self) -> Iterator[tuple[LinearShape]]:
+        """One for each size."""
         for num_inputs, num_outputs in self.s.pick(SIZES, MORE_SIZES):
-            shape = LinearShape(in_features=num_inputs, out_features=num_outputs, dtype=self.dtype_name)
-            reason = self.method.refuses(shape) or self.fused.refuses_fused(shape, self.activation)
-            if reason is None:
-                errors += self._examine(shape)
-                continue
-            hook = f"{self.hook.removesuffix('.apply_fused')}.refuses_fused"
-            self.s.expect(isinstance(reason, str) and bool(reason), hook, "a reason", repr(reason))
-            reasons.append(reason)
-        if not errors:
-            return Outcome(status="unsupported", reason=reasons[0])
-        return self.s.judge(errors, self.tolerance)
+            yield (LinearShape(in_features=num_inputs, out_features=num_outputs, dtype=self.dtype_name),)
 
-    def _examine(self, shape: LinearShape) -> list[float]:
+    def refusal(self, shape: LinearShape) -> str | None:
+        """Of the layer, or of what follows."""
+        return self.method.refuses(shape) or self.fused.refuses_fused(shape, self.activation)
+
+    def examine(self, shape: LinearShape) -> list[float]:
+        """Against the method's own product."""
         generator = torch.Generator().manual_seed(shape.in_features)
 
         def drawn(*size: int) -> torch.Tensor:
@@ -81,7 +69,7 @@ class Fused:
         return errors
 
     def _check_weight(self, plain: object, packed: object) -> None:
-        hook = f"{self.hook.removesuffix('.apply_fused')}.dequantise"
+        hook = f"{self.method_hook}.dequantise"
         want, got = (self.s.to_host(self.method.dequantise(one)).float() for one in (plain, packed))
         self.s.expect(got.shape == want.shape, hook, f"{tuple(want.shape)} of a weight with {self.what}", got.shape)
         self.s.compare(hook, got, want, 1e-2, f"a weight with {self.what}")
@@ -112,21 +100,12 @@ class Fused:
         if residual_NF is not None:
             want_NF = want_NF + residual_NF.float()
         self.s.check_tensor(self.hook, got, want_NF.to(self.dtype), where)
-        if not self.s.platform.capabilities.computes or not len(x_NI):
-            return 0.0
-        found = self.s.to_host(got).float()
-        self.s.expect(not found.isnan().any(), self.hook, f"numbers for {where}", "NaN")
-        error = float((found - want_NF).norm() / want_NF.norm())
-        expected = f"an error of at most {self.tolerance:g} (of norms) for {where}"
-        self.s.expect(error <= self.tolerance, self.hook, expected, f"{error:.2e}")
-        if self._is_invariant:
-            row = len(x_NI) // 2
+        error = self.error_of(got, want_NF, where)
+        if self.is_invariant and len(x_NI):
+            row = slice(len(x_NI) // 2, len(x_NI) // 2 + 1)
             with torch.inference_mode():
-                one = self.fused.apply_fused(
-                    x[row : row + 1], packed, bias, None if residual is None else residual[row : row + 1]
-                )
-            expected = f"the bits of a row whatever its batch (capabilities.batch_invariant), for {where}"
-            self.s.expect(torch.equal(self.s.to_host(one).float()[0], found[row]), self.hook, expected, "others")
+                one = self.fused.apply_fused(x[row], packed, bias, None if residual is None else residual[row])
+            self.expect_same_bits(one, got[row], where)
         return error
 
     def _strided(self, tensor: torch.Tensor) -> torch.Tensor:

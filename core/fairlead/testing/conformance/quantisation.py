@@ -5,16 +5,18 @@ Shapes: N rows, I input features, O output features, G groups of input features.
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from fairlead.interface import ACTIVATIONS, UNQUANTIZED, ExpertsMethod, FusedLinearMethod, LinearMethod, LinearShape
+from fairlead.interface import ACTIVATIONS, UNQUANTIZED, ExpertsMethod, FusedLinearMethod, LinearShape
 from fairlead.ops import reference
-from fairlead.ops.linear import INT4_GROUP, TOLERANCE, LinearTable
+from fairlead.ops.linear import INT4_GROUP, LinearTable
 from fairlead.ops.table import REFERENCE
-from fairlead.testing.conformance.check import Check, Outcome
+from fairlead.testing.conformance.check import Check
 from fairlead.testing.conformance.experts import Experts
 from fairlead.testing.conformance.fused import Fused
+from fairlead.testing.conformance.method import MethodCheck
 from fairlead.testing.conformance.subject import Subject
 
 SIZES, MORE_SIZES = ((64, 48), (320, 131)), ((96, 96), (128, 576), (576, 1536))  # inputs, outputs
@@ -31,58 +33,41 @@ def checks(subject: Subject) -> Iterator[Check]:
         methods = own.get(scheme, ())
         for dtype in subject.dtypes:
             size = LinearShape(in_features=64, out_features=64, dtype=dtype)
-            for method in methods or (table.choose(scheme, size),):
-                examined = _Method(subject, scheme, method, dtype, is_reference=not methods)
-                name = f"{scheme}, {method.name}, {dtype}"
-                yield Check(tier="quantisation", name=name, hook=examined.hook, run=examined.run)
-                yield from _more(subject, scheme, method, dtype, name)
+            for i, method in enumerate(methods or (table.choose(scheme, size),)):
+                name, own_name = f"{scheme}, {method.name}, {dtype}", repr(method.name) if methods else REFERENCE
+                given: dict[str, Any] = {"name": own_name, "is_preferred": bool(methods) and i == 0}
+                plain = _Method(subject, scheme, method, dtype, **given)
+                plain.is_reference = not methods
+                yield Check(tier="quantisation", name=name, hook=plain.method_hook, run=plain.run)
+                for activation in (None, *ACTIVATIONS) if isinstance(method, FusedLinearMethod) else ():
+                    fused = Fused(subject, scheme, method, dtype, activation=activation, **given)
+                    yield Check(tier="quantisation", name=f"{name}, {fused.what}", hook=fused.hook, run=fused.run)
+                if isinstance(method, ExpertsMethod):
+                    experts = Experts(subject, scheme, method, dtype, **given)
+                    yield Check(tier="quantisation", name=f"{name}, experts", hook=experts.hook, run=experts.run)
 
 
-def _more(subject: Subject, scheme: str, method: LinearMethod, dtype: str, name: str) -> Iterator[Check]:
-    """What a method does beside: activations and residuals, experts."""
-    for activation in (None, *ACTIVATIONS) if isinstance(method, FusedLinearMethod) else ():
-        fused = Fused(subject, scheme, method, dtype, activation)
-        yield Check(tier="quantisation", name=f"{name}, {fused.what}", hook=fused.hook, run=fused.run)
-    if isinstance(method, ExpertsMethod):
-        experts = Experts(subject, scheme, method, dtype)
-        yield Check(tier="quantisation", name=f"{name}, experts", hook=experts.hook, run=experts.run)
+class _Method(MethodCheck):
+    """Packs, multiplies rows of any number, and compares with what the packed weight stands for."""
 
-
-class _Method:
-    """One method in one dtype."""
-
-    def __init__(self, subject: Subject, scheme: str, method: LinearMethod, dtype: str, *, is_reference: bool) -> None:
-        self.s, self.scheme, self.method, self.dtype = subject, scheme, method, dtype
-        self.is_reference = is_reference
-        self.hook = f"linear_methods[{scheme!r}] {REFERENCE if is_reference else method.name!r}"
-        self.tolerance = TOLERANCE[scheme][dtype]
-
-    def run(self) -> Outcome:
-        """Packs, multiplies rows of any number, and compares with what the packed weight stands for."""
-        errors, reasons = [], []
+    def cases(self) -> Iterator[tuple[LinearShape]]:
+        """One for each size."""
         for num_inputs, num_outputs in self.s.pick(SIZES, MORE_SIZES):
-            shape = LinearShape(in_features=num_inputs, out_features=num_outputs, dtype=self.dtype)
-            reason = self.method.refuses(shape)
-            if reason is not None:
-                self.s.expect(
-                    isinstance(reason, str) and bool(reason), f"{self.hook}.refuses", "a reason", repr(reason)
-                )
-                reasons.append(reason)
-                continue
-            errors += self._examine(shape)
-        if not errors:
-            return Outcome(status="unsupported", reason=reasons[0])
-        return self.s.judge(errors, self.tolerance, is_reference=self.is_reference)
+            yield (LinearShape(in_features=num_inputs, out_features=num_outputs, dtype=self.dtype_name),)
 
-    def _examine(self, shape: LinearShape) -> list[float]:
+    def refusal(self, shape: LinearShape) -> str | None:
+        """Of the layer."""
+        return self.method.refuses(shape)
+
+    def examine(self, shape: LinearShape) -> list[float]:
+        """What packing takes, what the packed weight is, and its products."""
         generator = torch.Generator().manual_seed(shape.in_features)
-        dtype: torch.dtype = getattr(torch, self.dtype)
         size = (shape.out_features, shape.in_features)
-        weight_OI = (torch.randn(size, generator=generator) * shape.in_features**-0.5).to(dtype)
+        weight_OI = (torch.randn(size, generator=generator) * shape.in_features**-0.5).to(self.dtype)
         allocator = self.s.platform.allocator
         gc.collect()
         before = allocator.allocated_bytes("weights")
-        loaded: torch.Tensor | None = allocator.empty(size, dtype, tag="weights")
+        loaded: torch.Tensor | None = allocator.empty(size, self.dtype, tag="weights")
         assert loaded is not None
         loaded.copy_(weight_OI)
         packed = self.method.pack({"weight": loaded})
@@ -91,20 +76,20 @@ class _Method:
         dequantised_OI = self._dequantised(packed, weight_OI)
         errors = []
         for num_rows in self.s.row_counts(ROWS):
-            for bias_O in (None, torch.randn(shape.out_features, generator=generator).to(dtype)):
-                x_NI = torch.randn(num_rows, shape.in_features, generator=generator).to(dtype)
+            for bias_O in (None, torch.randn(shape.out_features, generator=generator).to(self.dtype)):
+                x_NI = torch.randn(num_rows, shape.in_features, generator=generator).to(self.dtype)
                 errors.append(self._multiply(packed, dequantised_OI, x_NI, bias_O))
         return errors
 
     def _check_bytes(self, shape: LinearShape, taken: int) -> None:
-        size = self.method.packed_bytes(shape)
-        self.s.expect(type(size) is int and size > 0, f"{self.hook}.packed_bytes", "an integer above 0", repr(size))
+        size, hook = self.method.packed_bytes(shape), f"{self.method_hook}.packed_bytes"
+        self.s.expect(type(size) is int and size > 0, hook, "an integer above 0", repr(size))
         expected = f"what is left after pack, {taken} bytes, or more"
-        self.s.expect(taken <= size, f"{self.hook}.packed_bytes", expected, size)
+        self.s.expect(taken <= size, hook, expected, size)
 
     def _dequantised(self, packed: object, weight_OI: torch.Tensor) -> torch.Tensor:
         """On the host, in float32; no further from the weight than the scheme's rounding."""
-        hook, where = f"{self.hook}.dequantise", f"a weight of shape {tuple(weight_OI.shape)}"
+        hook, where = f"{self.method_hook}.dequantise", f"a weight of shape {tuple(weight_OI.shape)}"
         got = self.method.dequantise(packed)
         like = torch.empty(weight_OI.shape, dtype=got.dtype if isinstance(got, torch.Tensor) else torch.float32)
         found = self.s.to_host(self.s.check_tensor(hook, got, like, where)).float()
@@ -130,19 +115,11 @@ class _Method:
         self, packed: object, weight_OI: torch.Tensor, x_NI: torch.Tensor, bias_O: torch.Tensor | None
     ) -> float:
         where = f"{len(x_NI)} rows, {weight_OI.shape[1]} to {weight_OI.shape[0]}, bias {bias_O is not None}"
-        hook = f"{self.hook}.apply"
         want = torch.nn.functional.linear(x_NI.float(), weight_OI, None if bias_O is None else bias_O.float())
         wide = self.s.to_device(torch.cat([x_NI, x_NI], dim=1))
         inputs = {"x": wide[:, : x_NI.shape[1]]}  # a strided view, as a layer gets it from a merged one
         bias = None if bias_O is None else self.s.to_device(bias_O)
         with torch.inference_mode():
-            got = self.s.check_inputs(hook, lambda: self.method.apply(inputs["x"], packed, bias), inputs, where)
-        self.s.check_tensor(hook, got, want.to(x_NI.dtype), where)
-        if not self.s.platform.capabilities.computes or not len(x_NI):
-            return 0.0
-        found = self.s.to_host(got).float()
-        self.s.expect(not found.isnan().any(), hook, f"numbers for {where}", "NaN")
-        error = float((found - want).norm() / want.norm())
-        expected = f"an error of at most {self.tolerance:g} (of norms) for {where}"
-        self.s.expect(error <= self.tolerance, hook, expected, f"{error:.2e}")
-        return error
+            got = self.s.check_inputs(self.hook, lambda: self.method.apply(inputs["x"], packed, bias), inputs, where)
+        self.s.check_tensor(self.hook, got, want.to(x_NI.dtype), where)
+        return self.error_of(got, want, where)
