@@ -29,8 +29,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     keys = read_keys(config)
     app = FastAPI(title="Fairlead", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service = Service(engine=engine, config=config)
-    for module in (models, completions, chat, tokenize, health):
-        app.include_router(module.router(service))
+    for module in (completions, chat, models, tokenize, health):  # looked through in this order
+        app.router.routes.extend(module.router(service).routes)  # include_router's are looked up twice for each call
     errors.install(app)
     callers = _trace(service, config.otlp_traces_endpoint) if config.otlp_traces_endpoint else None
     setattr(app, "openapi", lambda: openapi.document(app, service.model_names))  # noqa: B010  (how FastAPI has it replaced)

@@ -3,9 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 
@@ -17,8 +16,6 @@ from fairlead_server.errors import ApiError, ClientDisconnectedError, model_not_
 from fairlead_server.protocol import GenerationBody
 
 REFUSALS = ("queue_full", "queue_timeout", "draining")  # why a request is not run
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,10 +52,10 @@ class Service:
             self.num_refused["queue_full"] += 1
             raise overloaded(f"The queue is full: {num_waiting} requests wait, at most {limit} may. Try again later.")
 
-    def start(self, requests: list[Request]) -> "Generation":
+    def start(self, requests: list[Request], http: HttpRequest) -> "Generation":
         """Hands the requests to the engine, under the deadlines that are set. Raises ApiError if the queue is full."""
         self.check_room(len(requests))
-        return Generation(self, requests)
+        return Generation(self, requests, http)
 
     def request(
         self,
@@ -96,11 +93,15 @@ class Service:
 
 
 class Generation:
-    """The engine's requests behind one HTTP request, one per prompt. Close it to abort what has not finished."""
+    """The engine's requests behind one HTTP request, one per prompt. Close it to abort what has not finished.
 
-    def __init__(self, service: Service, requests: list[Request]) -> None:
+    When the client leaves, all of them end, and whoever reads outputs meets ClientDisconnectedError.
+    """
+
+    def __init__(self, service: Service, requests: list[Request], http: HttpRequest) -> None:
         self._service = service
         self._streams: list[RequestStream] = []
+        self._watcher = asyncio.ensure_future(self._watch(http))
         config = service.config
         try:
             for request in requests:
@@ -113,19 +114,17 @@ class Generation:
             self.close()
             raise
 
-    async def started(self, http: HttpRequest) -> "AsyncIterator[tuple[int, RequestOutput]]":
+    async def started(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """`outputs`, once there is a first one: an error before it still becomes a status of its own."""
         outputs = self.outputs()
+        first = await anext(outputs)
 
-        async def first() -> tuple[int, RequestOutput]:
-            return await anext(outputs)
-
-        async def all_of_them(head: tuple[int, RequestOutput]) -> AsyncIterator[tuple[int, RequestOutput]]:
-            yield head
+        async def all_of_them() -> AsyncIterator[tuple[int, RequestOutput]]:
+            yield first
             async for item in outputs:
                 yield item
 
-        return all_of_them(await unless_disconnected(http, first()))
+        return all_of_them()
 
     async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Cumulative outputs with the index of their prompt. Raises ApiError if a sequence fails."""
@@ -150,8 +149,16 @@ class Generation:
 
     def close(self) -> None:
         """Aborts what has not finished."""
+        self._watcher.cancel()
         for stream in self._streams:
             stream.close()
+
+    async def _watch(self, http: HttpRequest) -> None:
+        """The body has been read, so that the next thing to hear is that the client has left."""
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        for stream in self._streams:
+            stream.fail(ClientDisconnectedError())
 
 
 async def _merged(streams: list[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:
@@ -176,23 +183,3 @@ def _unless_failed(output: RequestOutput) -> RequestOutput:
     if output.error is not None:
         raise ApiError(500, f"The engine failed on this request: {output.error}", type="server_error")
     return output
-
-
-async def unless_disconnected(http: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
-    """Awaits the work, but cancels it and raises ClientDisconnectedError when the client leaves first."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(disconnected(http))
-    try:
-        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnectedError
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def disconnected(http: HttpRequest) -> None:
-    """Returns when the client has left. The body must have been read."""
-    while (await http.receive())["type"] != "http.disconnect":
-        pass

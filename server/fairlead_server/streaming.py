@@ -5,13 +5,12 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 
-from fastapi import Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from fairlead_server.errors import as_api_error
+from fairlead_server.errors import ClientDisconnectedError, as_api_error
 from fairlead_server.responses import encode_json
-from fairlead_server.service import Generation, disconnected
+from fairlead_server.service import Generation
 
 STALL_S = 60.0  # how long a client may take nothing of what stands ready for it
 HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -40,16 +39,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         abort = scope.get("state", {}).get("abort_connection")
-        sending = asyncio.ensure_future(self._send(send, abort))
-        gone = asyncio.ensure_future(disconnected(Request(scope, receive)))
         try:
-            await asyncio.wait([sending, gone], return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(ClientDisconnectedError, OSError):  # OSError: so says a server other than uvicorn
+                await self._send(send, abort)
         finally:
-            gone.cancel()
-            sending.cancel()
             self._generation.close()
-            with contextlib.suppress(asyncio.CancelledError, OSError):  # OSError: the client left while we sent
-                await sending
 
     async def _send(self, send: Send, abort: Callable[[], None] | None) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -64,6 +58,8 @@ class EventStream(Response):
             if abort is not None:
                 abort()
             return
+        except (ClientDisconnectedError, OSError):
+            raise
         except Exception as error:
             last = event(as_api_error(error).body)
         await send({"type": "http.response.body", "body": last})

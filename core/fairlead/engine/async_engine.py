@@ -59,7 +59,7 @@ class RequestStream:
         self._engine = engine
         self._timers: list[asyncio.TimerHandle] = []
         self._latest: RequestOutput | None = None
-        self._error: FairleadError | None = None
+        self._error: Exception | None = None
         self._news = asyncio.Event()
         self._is_queued = False  # to be woken
         self._ended = False
@@ -84,6 +84,11 @@ class RequestStream:
         self._ended = True
         self._engine._leave(self.request)
 
+    def fail(self, error: Exception) -> None:
+        """Aborts the request, too, and has whoever reads the stream, or reads on, meet the error."""
+        self._engine._leave(self.request)
+        self._fail(error)
+
     def _put(self, output: RequestOutput) -> None:
         self._latest = output
         if not self._is_queued:
@@ -94,7 +99,7 @@ class RequestStream:
         self._is_queued = False
         self._news.set()
 
-    def _fail(self, error: FairleadError) -> None:
+    def _fail(self, error: Exception) -> None:
         self._error = error
         self._news.set()
 
@@ -104,16 +109,12 @@ class RequestStream:
             self._timers.append(loop.call_later(max_queue_s, self._queue_timeout, max_queue_s))
         if max_total_s is not None:
             message = f"the request was not finished within {max_total_s:g} s"
-            self._timers.append(loop.call_later(max_total_s, self._expire, DeadlineError(message, queued=False)))
+            self._timers.append(loop.call_later(max_total_s, self.fail, DeadlineError(message, queued=False)))
 
     def _queue_timeout(self, seconds: float) -> None:
         if self.times.started is None:
             message = f"the request waited {seconds:g} s without being taken up; try again later"
-            self._expire(DeadlineError(message, queued=True))
-
-    def _expire(self, error: DeadlineError) -> None:
-        self._engine._leave(self.request)
-        self._fail(error)
+            self.fail(DeadlineError(message, queued=True))
 
     def _stop_timers(self) -> None:
         for timer in self._timers:

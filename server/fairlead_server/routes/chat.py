@@ -11,7 +11,7 @@ from fairlead_server.access import tenant_of
 from fairlead_server.json_route import JsonRoute
 from fairlead_server.protocol import ChatBody
 from fairlead_server.responses import Json, Sent, chat_logprobs, json_response, prompt_logprobs, usage_of
-from fairlead_server.service import Service, unless_disconnected
+from fairlead_server.service import Service
 from fairlead_server.streaming import EventStream
 
 
@@ -115,12 +115,12 @@ def router(service: Service) -> APIRouter:
         )
         request = service.request(prompt.token_ids, params, body, tenant=tenant_of(http), default_max_tokens=None)
         answer = ChatCompletion(service, body, http.state.request_id)
-        generation = service.start([request])
+        generation = service.start([request], http)
         try:
             if body.stream:
-                outputs = await generation.started(http)
+                outputs = await generation.started()
                 return EventStream(answer.chunks(outputs), generation)
-            [output] = await unless_disconnected(http, generation.finished())
+            [output] = await generation.finished()
             return json_response(answer.whole(output))
         except BaseException:
             generation.close()

@@ -11,7 +11,7 @@ from fairlead_server.access import tenant_of
 from fairlead_server.json_route import JsonRoute
 from fairlead_server.protocol import CompletionBody
 from fairlead_server.responses import Entries, Json, Sent, completion_logprobs, json_response, prompt_logprobs, usage_of
-from fairlead_server.service import Service, unless_disconnected
+from fairlead_server.service import Service
 from fairlead_server.streaming import EventStream
 
 DEFAULT_MAX_TOKENS = 16
@@ -130,12 +130,12 @@ def router(service: Service) -> APIRouter:
             else:
                 echoes.append(service.engine.front_end.decode(request.prompt_token_ids))
         completion = Completion(service, body, echoes, http.state.request_id)
-        generation = service.start(requests)
+        generation = service.start(requests, http)
         try:
             if body.stream:
-                outputs = await generation.started(http)
+                outputs = await generation.started()
                 return EventStream(completion.chunks(outputs), generation)
-            return json_response(completion.whole(await unless_disconnected(http, generation.finished())))
+            return json_response(completion.whole(await generation.finished()))
         except BaseException:
             generation.close()
             raise

@@ -44,7 +44,7 @@ def router(service: Service) -> APIRouter:
         return json_response(found)
 
     @routes.post("/detokenize")
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: DetokenizeBody) -> Response:
         service.model_name(body.model)
         tokens, vocab_size = body.tokens, engine.info.vocab_size
         most = max(MAX_TOKENS, engine.info.max_model_len)
@@ -53,7 +53,7 @@ def router(service: Service) -> APIRouter:
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
             bad = next(token_id for token_id in tokens if not 0 <= token_id < vocab_size)
             raise RequestError(f"tokens: {bad} is outside 0 to {vocab_size - 1}", param="tokens")
-        return {"prompt": engine.front_end.decode(body.tokens, skip_special_tokens=False)}
+        return json_response({"prompt": engine.front_end.decode(body.tokens, skip_special_tokens=False)})
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, object]:
