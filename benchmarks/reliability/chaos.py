@@ -27,6 +27,7 @@ from fairlead_server.load import Answer, Target, ask
 
 LONG = {"model": "demo", "prompt": "ROMEO:", "max_tokens": 300, "ignore_eos": True, "temperature": 0}
 MIDDLE, SHORT = {**LONG, "max_tokens": 100}, {**LONG, "max_tokens": 20}
+ARRIVAL_S = 1.0  # in which the clients of an overload come
 Figures = dict[str, Any]
 
 
@@ -66,17 +67,17 @@ class Server:
         finally:
             connection.close()
 
-    def gauges(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         connection = http.client.HTTPConnection(self.target.host, self.target.port, timeout=10)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
-        values = {line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("fairlead:")}
-        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        return {name: values[f"fairlead:{name}"] for name in names}
+        named = [line.removeprefix("fairlead:") for line in lines if line.startswith("fairlead:")]
+        return {line.split("{")[0]: float(line.split()[-1]) for line in named}
 
     def is_idle(self) -> bool:
-        return not any(self.gauges().values())
+        metrics = self.metrics()
+        return not any(metrics[k] for k in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"))
 
     def stop(self) -> int:
         if self.process.poll() is None:
@@ -123,7 +124,15 @@ def unsent_mib(port: int) -> float:
 
 def aside(nice: int = 0) -> "multiprocessing.pool.Pool":
     """A process of its own for what must not wait for this one's interpreter."""
-    return multiprocessing.get_context("spawn").Pool(1, os.nice, (nice,))
+    return multiprocessing.get_context("spawn").Pool(1, _step_aside, (nice,))
+
+
+def _step_aside(nice: int) -> None:
+    """Linux weighs processes within their session, and then the sessions: to give way takes both."""
+    os.setsid()
+    os.nice(nice)
+    with contextlib.suppress(OSError):  # a kernel without such groups
+        Path("/proc/self/autogroup").write_text(str(nice), encoding="utf-8")
 
 
 def wait(condition: Callable[[], bool], seconds: float) -> float | None:
@@ -286,41 +295,51 @@ def overload(full: bool) -> Figures:
     arguments = ("--max-num-seqs", str(seats), "--max-queued-requests", str(seats))
     with serving(*arguments) as server, aside(nice=10) as clients, aside() as prober:
         load(server, [SHORT] * seats)
-        peak, _ = clients.apply(_goodput, (server.target, 2 * seats, seconds))
+        peak, _ = _goodput(server, clients, 2 * seats, seconds)
         rss = rss_mib(server.process.pid)
         refusals = prober.apply_async(_refusals, (server.target, seconds))
-        reached, num_refused = clients.apply(_goodput, (server.target, 20 * seats, seconds))
+        reached, num_refused = _goodput(server, clients, 20 * seats, seconds)
         times = quantiles(refusals.get(60))
         grown = rss_mib(server.process.pid) - rss
     share = reached / peak
     kept = share >= 0.95 and times["p99"] is not None and times["p99"] <= 20
-    figures = {"refused": num_refused, "refusal_ms": times, "goodput_share": share, "rss_grown_mib": grown}
-    return {**figures, "kept": kept}
+    figures = {"refused": num_refused, "refusal_ms": times, "goodput_share": share, "peak_tokens_per_s": peak}
+    return {**figures, "rss_grown_mib": grown, "kept": kept}
 
 
-def _goodput(target: Target, num_clients: int, seconds: float) -> tuple[float, int]:
-    """Tokens per second that so many clients get, each with one request after the other, and their refusals."""
+def _goodput(
+    server: Server, clients: "multiprocessing.pool.Pool", num_clients: int, seconds: float
+) -> tuple[float, int]:
+    """Tokens per second that so many clients get once all have come, and their refusals."""
+    refused = clients.apply_async(_persist, (server.target, num_clients, seconds + 2 * ARRIVAL_S))
+    time.sleep(ARRIVAL_S)
+    num, start = server.metrics()["generation_tokens_total"], time.perf_counter()
+    time.sleep(seconds)
+    reached = (server.metrics()["generation_tokens_total"] - num) / (time.perf_counter() - start)
+    return reached, refused.get(60)
+
+
+def _persist(target: Target, num_clients: int, seconds: float) -> int:
+    """So many clients with one request after the other, which try again where one is refused; how many were."""
     num_refused = 0
 
-    async def client(end: float) -> int:
+    async def client(end: float) -> None:
         nonlocal num_refused
-        await asyncio.sleep(random.random())
-        num = 0
+        await asyncio.sleep(random.uniform(0, ARRIVAL_S))
         while time.perf_counter() < end:
             answer = await ask(target, MIDDLE)
-            num += answer.num_tokens
-            if answer.error is not None:
+            if answer.status == 429:
                 num_refused += 1
                 await asyncio.sleep(random.uniform(1.0, 2.0))  # Retry-After is 1
-        return num
+            elif answer.error is not None:
+                raise RuntimeError(answer.error)
 
-    async def run() -> int:
+    async def run() -> None:
         end = time.perf_counter() + seconds
-        return sum(await asyncio.gather(*(client(end) for _ in range(num_clients))))
+        await asyncio.gather(*(client(end) for _ in range(num_clients)))
 
-    start = time.perf_counter()
-    num = asyncio.run(run())
-    return num / (time.perf_counter() - start), num_refused
+    asyncio.run(run())
+    return num_refused
 
 
 def _refusals(target: Target, seconds: float) -> list[float]:
@@ -406,7 +425,7 @@ def slow_readers(full: bool) -> Figures:
             connection.sendall(head + content)
             slow.append(connection)
         time.sleep(0.5)
-        wait(lambda: crowded.gauges()["num_requests_running"] == 0, 60)
+        wait(lambda: crowded.metrics()["num_requests_running"] == 0, 60)
         grown = rss_mib(crowded.process.pid) - rss + unsent_mib(crowded.target.port)
         gaps: dict[Server, list[float]] = {crowded: [], empty: []}
         for i in range(rounds):
