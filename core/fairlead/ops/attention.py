@@ -20,9 +20,19 @@ class SlotCache:
 
 
 class SlotCacheOwner:
-    """The part that backends with the plain slot layout share: sizes, allocation, copies of blocks, host and all."""
+    """The part that backends with the plain slot layout share: sizes, allocation, copies of blocks, host and all.
+
+    The cache is of the model's dtype; one of another is refused with a ConfigError.
+    """
+
+    name: str
 
     def __init__(self, shape: AttentionShape, allocator: MemoryAllocator) -> None:
+        if shape.kv_dtype not in ("auto", shape.dtype):
+            raise ConfigError(
+                f"the {self.name!r} attention backend keeps {shape.dtype} in its cache, not {shape.kv_dtype}; "
+                "leave kv_cache_dtype at 'auto', or take another backend"
+            )
         self.shape, self.spec = shape, shape.spec
         self._allocator = allocator
         self._dtype: torch.dtype = getattr(torch, shape.dtype)
@@ -89,11 +99,6 @@ class ReferenceAttention(SlotCacheOwner):
     name = "reference"
 
     def __init__(self, shape: AttentionShape, allocator: MemoryAllocator, device: torch.device) -> None:
-        if shape.kv_dtype not in ("auto", shape.dtype):
-            raise ConfigError(
-                f"the {self.name!r} attention backend keeps {shape.dtype} in its cache, not {shape.kv_dtype}; "
-                "leave kv_cache_dtype at 'auto', or take another backend"
-            )
         super().__init__(shape, allocator)
         self._device = device
 

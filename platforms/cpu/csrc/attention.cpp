@@ -231,7 +231,7 @@ struct Layer {
     std::fill(b.sums.best, b.sums.best + shape.max_rows(), -kInfinity);
     std::memset(b.sums.lanes, 0, sizeof(float) * unit.num_rows * simd::kWidth);
     std::memset(b.values, 0, sizeof(float) * unit.num_rows * columns);
-    const bool is_ahead = unit.num_rows <= kFewRows && shape.is_packed();
+    const bool is_ahead = unit.num_rows <= kFewRows && shape.is_packed() && !shape.stored;
     for (int start = span * kSpan; start < (span + 1) * kSpan; start += kTile) {
       int from = std::max(low - start, 0), to = std::min(high - start, kTile);
       if (from >= to) continue;

@@ -13,6 +13,7 @@
 //   the dot-product instructions read pairs, and 1 for float32; so an entry is 4 bytes either way: a "unit".
 // * plain, for other block sizes and for latent attention, whose keys hold the values: per token and kv-head D entries
 //   of the key, then D of the value. A tile is packed on the fly.
+// In either, entries may be stored as 8-bit floats (fp8.h); a tile is then widened to the shape's own type on the fly.
 #pragma once
 #include "export.h"
 
@@ -21,12 +22,15 @@ namespace attention {
 constexpr int kSegment = 16, kTile = 64, kSpan = 512;
 constexpr int kTileSegments = kTile / kSegment;
 
+constexpr int32_t kAsComputed = 0, kE4M3 = 1, kE5M2 = 2;  // what the cache stores
+
 struct Shape {  // the same in fairlead_cpu/native_attention.py
   int32_t num_heads, num_kv_heads, head_size, value_size, block_size;
   int32_t is_bf16, is_latent;
   int32_t sliding_window;  // 0: none
   float scale, soft_cap;   // 0: none
   const float* alibi_slopes;
+  int32_t stored;  // kAsComputed or one of the formats below
 
   int group() const { return num_heads / num_kv_heads; }
   int pair() const { return is_bf16 ? 2 : 1; }
@@ -37,11 +41,11 @@ struct Shape {  // the same in fairlead_cpu/native_attention.py
   int64_t segment_value_units() const { return int64_t{kSegment} / pair() * value_columns(); }
   int64_t segment_units() const { return segment_key_units() + segment_value_units(); }
   int64_t head_units() const { return block_size / kSegment * segment_units(); }  // of a block and kv-head
-  int64_t plain_row() const { return int64_t{head_size} * (is_latent ? 1 : 2); }  // in elements, per token and kv-head
-  int64_t block_bytes() const {
-    if (is_packed()) return head_units() * 4 * num_kv_heads;
-    return plain_row() * (is_bf16 ? 2 : 4) * num_kv_heads * block_size;
+  int64_t plain_row() const { return int64_t{head_size} * (is_latent ? 1 : 2); }  // in entries, per token and kv-head
+  int64_t block_entries() const {
+    return is_packed() ? head_units() * pair() * num_kv_heads : plain_row() * num_kv_heads * block_size;
   }
+  int64_t block_bytes() const { return block_entries() * (stored ? 1 : is_bf16 ? 2 : 4); }
   // Rows (a query token and a head of the group) that one unit of work takes at most: its accumulators stay in cache.
   static constexpr int kMaxRows = 64;
   int max_rows() const { return value_columns() <= 96 ? kMaxRows : value_columns() <= 256 ? 32 : 16; }

@@ -1,8 +1,10 @@
 // Reading and writing the paged cache: tokens in, tiles of packed keys and values out. See attention.h.
 #pragma once
 #include <cstring>
+#include <vector>
 
 #include "attention.h"
+#include "fp8.h"
 
 namespace attention {
 
@@ -15,53 +17,81 @@ struct Rows {
 };
 
 // One token's key into column `lane` of a segment's keys; an odd last entry is paired with 0.
-template <class Kv>
-inline void put_key(uint32_t* keys, int lane, const typename Kv::Element* x, int size) {
-  int whole = size / Kv::kPair;
-  for (int i = 0; i < whole; i++) std::memcpy(keys + i * kSegment + lane, x + i * Kv::kPair, 4);
-  if (whole * Kv::kPair < size) {
-    uint32_t last = 0;
-    std::memcpy(&last, x + size - 1, sizeof *x);
-    keys[whole * kSegment + lane] = last;
+template <int Pair, class Entry>
+inline void put_key(Entry* keys, int lane, const Entry* x, int size) {
+  int whole = size / Pair;
+  for (int i = 0; i < whole; i++) std::memcpy(keys + (i * kSegment + lane) * Pair, x + i * Pair, Pair * sizeof *x);
+  if (whole * Pair < size) {
+    Entry last[Pair] = {x[size - 1]};
+    std::memcpy(keys + (whole * kSegment + lane) * Pair, last, sizeof last);
   }
 }
 
 // One token's value into row `lane` of the values, or into half of the units of a pair's row.
-template <class Kv>
-inline void put_value(uint32_t* values, int lane, const typename Kv::Element* x, int size, int columns) {
-  auto* row = reinterpret_cast<typename Kv::Element*>(values + lane / Kv::kPair * columns) + lane % Kv::kPair;
-  for (int i = 0; i < size; i++) row[i * Kv::kPair] = x[i];
+template <int Pair, class Entry>
+inline void put_value(Entry* values, int lane, const Entry* x, int size, int columns) {
+  Entry* row = values + lane / Pair * columns * Pair + lane % Pair;
+  for (int i = 0; i < size; i++) row[i * Pair] = x[i];
+}
+
+// `stored(row)` is the row in the cache's type, until the next call.
+template <class Kv, class Entry, class F>
+void write_rows(const Shape& shape, const int32_t* slots, int64_t begin, int64_t end,
+                const Rows<typename Kv::Element>& keys, const Rows<typename Kv::Element>& values, Entry* cache,
+                const F& stored) {
+  for (int64_t token = begin; token < end; token++) {
+    int64_t slot = slots[token];
+    for (int head = 0; head < shape.num_kv_heads; head++) {
+      if (!shape.is_packed()) {
+        Entry* to = cache + (slot * shape.num_kv_heads + head) * shape.plain_row();
+        std::memcpy(to, stored(keys.row(token, head)), shape.head_size * sizeof *to);
+        if (!shape.is_latent)
+          std::memcpy(to + shape.head_size, stored(values.row(token, head)), shape.head_size * sizeof *to);
+        continue;
+      }
+      const int offset = static_cast<int>(slot % shape.block_size);
+      const int64_t segment = shape.segment_key_units() * Kv::kPair;
+      Entry* to = cache + slot / shape.block_size * shape.block_entries() + head * shape.head_units() * Kv::kPair;
+      put_key<Kv::kPair>(to + offset / kSegment * segment, offset % kSegment, stored(keys.row(token, head)),
+                         shape.head_size);
+      put_value<Kv::kPair>(to + shape.block_size / kSegment * segment, offset, stored(values.row(token, head)),
+                           shape.value_size, shape.value_columns());
+    }
+  }
 }
 
 template <class Kv>
 void write_tokens(const Shape& shape, const int32_t* slots, int64_t begin, int64_t end,
                   const Rows<typename Kv::Element>& keys, const Rows<typename Kv::Element>& values, void* cache) {
   using Element = typename Kv::Element;
-  const int64_t block_units = shape.block_bytes() / 4;
-  for (int64_t token = begin; token < end; token++) {
-    int64_t slot = slots[token];
-    for (int head = 0; head < shape.num_kv_heads; head++) {
-      const Element* key = keys.row(token, head);
-      if (!shape.is_packed()) {
-        Element* to = static_cast<Element*>(cache) + (slot * shape.num_kv_heads + head) * shape.plain_row();
-        std::memcpy(to, key, shape.head_size * sizeof *key);
-        if (!shape.is_latent)
-          std::memcpy(to + shape.head_size, values.row(token, head), shape.head_size * sizeof *key);
-        continue;
-      }
-      int offset = static_cast<int>(slot % shape.block_size);
-      uint32_t* to = static_cast<uint32_t*>(cache) + slot / shape.block_size * block_units + head * shape.head_units();
-      put_key<Kv>(to + offset / kSegment * shape.segment_key_units(), offset % kSegment, key, shape.head_size);
-      put_value<Kv>(to + shape.block_size / kSegment * shape.segment_key_units(), offset, values.row(token, head),
-                    shape.value_size, shape.value_columns());
-    }
+  if (shape.stored == kAsComputed) {
+    return write_rows<Kv>(shape, slots, begin, end, keys, values, static_cast<Element*>(cache),
+                          [](const Element* row) { return row; });
   }
+  std::vector<uint8_t> codes(shape.head_size);
+  write_rows<Kv>(shape, slots, begin, end, keys, values, static_cast<uint8_t*>(cache), [&](const Element* row) {
+    if (shape.stored == kE4M3)
+      fp8::narrow<fp8::E4M3>(row, shape.head_size, codes.data());
+    else
+      fp8::narrow<fp8::E5M2>(row, shape.head_size, codes.data());
+    return static_cast<const uint8_t*>(codes.data());
+  });
+}
+
+template <class Element>
+void widen(const Shape& shape, const uint8_t* from, int64_t n, Element* to) {
+  if (shape.stored == kE4M3)
+    fp8::widen<fp8::E4M3>(from, n, to);
+  else
+    fp8::widen<fp8::E5M2>(from, n, to);
 }
 
 // Where the keys of a tile stand by segment: keys at a stride of kSegment units, values at one of `value_columns`.
 // A grain is the run of keys whose values are read together, of one segment or two; its values are contiguous.
 template <class Kv>
 struct Tile {
+  using Element = typename Kv::Element;
+
   const uint32_t* keys[kTileSegments];
   const uint32_t* values[kTileSegments];
 
@@ -73,15 +103,24 @@ struct Tile {
   // NaN too. `own` is room for kTileSegments segments, all of it written before.
   void load(const Shape& shape, const void* cache, const int32_t* table, int head, int start, int low, int high,
             uint32_t* own) {
-    if (shape.is_packed()) {
+    if (shape.is_packed() && !shape.stored) {
       find(shape, cache, table, head, start, low, high);
       clear_edges(shape, low, high, own);
+    } else if (shape.is_packed()) {
+      unfold(shape, static_cast<const uint8_t*>(cache), table, head, start, low, high, own);
+    } else if (shape.stored) {
+      std::vector<Element> wide(shape.plain_row());
+      pack(shape, static_cast<const uint8_t*>(cache), table, head, start, low, high, own, [&](const uint8_t* row) {
+        widen(shape, row, shape.plain_row(), wide.data());
+        return static_cast<const Element*>(wide.data());
+      });
     } else {
-      pack(shape, static_cast<const typename Kv::Element*>(cache), table, head, start, low, high, own);
+      pack(shape, static_cast<const Element*>(cache), table, head, start, low, high, own,
+           [](const Element* row) { return row; });
     }
   }
 
-  // Of a packed cache, touching nothing.
+  // Of a packed cache in the shape's own type, touching nothing.
   void find(const Shape& shape, const void* cache, const int32_t* table, int head, int start, int low, int high) {
     const int64_t block_units = shape.block_bytes() / 4;
     const int per_block = shape.block_size / kSegment, size = grain(shape);
@@ -115,14 +154,48 @@ struct Tile {
     return own;
   }
 
-  void pack(const Shape& shape, const typename Kv::Element* cache, const int32_t* table, int head, int start, int low,
-            int high, uint32_t* own) {
-    const int size = grain(shape), begin = low / size * size, end = (high + size - 1) / size * size;
+  // The tile is in `own`: keys, then values.
+  uint32_t* place(const Shape& shape, uint32_t* own) {
     uint32_t* own_values = own + kTileSegments * shape.segment_key_units();
     for (int s = 0; s < kTileSegments; s++) {
       keys[s] = own + s * shape.segment_key_units();
       values[s] = own_values + s * shape.segment_value_units();
     }
+    return own_values;
+  }
+
+  // Widens whole segments of a packed cache.
+  void unfold(const Shape& shape, const uint8_t* cache, const int32_t* table, int head, int start, int low, int high,
+              uint32_t* own) {
+    const int size = grain(shape), begin = low / size * size, end = (high + size - 1) / size * size;
+    const int per_block = shape.block_size / kSegment;
+    const int64_t key_entries = shape.segment_key_units() * Kv::kPair;
+    const int64_t value_entries = shape.segment_value_units() * Kv::kPair;
+    auto* own_values = reinterpret_cast<Element*>(place(shape, own));
+    for (int s = begin / kSegment; s < end / kSegment; s++) {
+      const int segment = start / kSegment + s, within = segment % per_block;
+      const uint8_t* at =
+          cache + table[segment / per_block] * shape.block_entries() + head * shape.head_units() * Kv::kPair;
+      widen(shape, at + within * key_entries, key_entries, reinterpret_cast<Element*>(own) + s * key_entries);
+      widen(shape, at + per_block * key_entries + within * value_entries, value_entries,
+            own_values + s * value_entries);
+    }
+    auto clear_rows = [&](int from, int to) {
+      for (int key = from; key < to; key++) {
+        Element* row = own_values + key / Kv::kPair * shape.value_columns() * Kv::kPair + key % Kv::kPair;
+        for (int i = 0; i < shape.value_columns(); i++) row[i * Kv::kPair] = Element{};
+      }
+    };
+    clear_rows(begin, low);
+    clear_rows(high, end);
+  }
+
+  // Packs rows of a plain cache; `wide(row)` is the row in the shape's own type, until the next call.
+  template <class Entry, class F>
+  void pack(const Shape& shape, const Entry* cache, const int32_t* table, int head, int start, int low, int high,
+            uint32_t* own, const F& wide) {
+    const int size = grain(shape), begin = low / size * size, end = (high + size - 1) / size * size;
+    uint32_t* own_values = place(shape, own);
     auto clear_rows = [&](int from, int to) {
       for (int i = from / Kv::kPair; i < (to + Kv::kPair - 1) / Kv::kPair; i++)
         std::memset(own_values + i * shape.value_columns(), 0, shape.value_columns() * 4);
@@ -132,10 +205,11 @@ struct Tile {
     for (int i = low; i < high; i++) {
       int position = start + i;
       int64_t slot = int64_t{table[position / shape.block_size]} * shape.block_size + position % shape.block_size;
-      const auto* row = cache + (slot * shape.num_kv_heads + head) * shape.plain_row();
-      put_key<Kv>(own + i / kSegment * shape.segment_key_units(), i % kSegment, row, shape.head_size);
-      put_value<Kv>(own_values, i, shape.is_latent ? row : row + shape.head_size, shape.value_size,
-                    shape.value_columns());
+      const Element* row = wide(cache + (slot * shape.num_kv_heads + head) * shape.plain_row());
+      put_key<Kv::kPair>(reinterpret_cast<Element*>(own + i / kSegment * shape.segment_key_units()), i % kSegment, row,
+                         shape.head_size);
+      put_value<Kv::kPair>(reinterpret_cast<Element*>(own_values), i, shape.is_latent ? row : row + shape.head_size,
+                           shape.value_size, shape.value_columns());
     }
   }
 };

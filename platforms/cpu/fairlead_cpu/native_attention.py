@@ -15,6 +15,8 @@ from fairlead.interface import AttentionMetadata, AttentionShape, HostCache, KVC
 from fairlead_cpu.native import Kernels
 
 _DTYPES = ("float32", "bfloat16")
+KV_DTYPES = ("auto", "float8_e4m3fn", "float8_e5m2")
+"""Of the cache, in the order of `attention::Shape::stored`."""
 
 
 class _Shape(ctypes.Structure):
@@ -26,6 +28,7 @@ class _Shape(ctypes.Structure):
         ("scale", ctypes.c_float),
         ("soft_cap", ctypes.c_float),
         ("alibi_slopes", ctypes.POINTER(ctypes.c_float)),
+        ("stored", ctypes.c_int32),
     )
 
 
@@ -60,6 +63,9 @@ class NativeAttention:
     def __init__(self, shape: AttentionShape, allocator: MemoryAllocator, kernels: Kernels) -> None:
         if shape.dtype not in _DTYPES:
             raise ConfigError(f"the native attention has no {shape.dtype}; it has {', '.join(_DTYPES)}")
+        kv_dtype = "auto" if shape.kv_dtype == shape.dtype else shape.kv_dtype
+        if kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"the native attention keeps no cache of {kv_dtype}; it has {', '.join(KV_DTYPES)}")
         spec = shape.spec
         self.shape = shape
         self._allocator = allocator
@@ -78,6 +84,7 @@ class NativeAttention:
             scale=spec.scale,
             soft_cap=spec.soft_cap or 0.0,
             alibi_slopes=None if slopes is None else (ctypes.c_float * len(slopes))(*slopes),
+            stored=KV_DTYPES.index(kv_dtype),
         )
         self._shape_address = ctypes.addressof(self._shape)
         self._call = kernels.call

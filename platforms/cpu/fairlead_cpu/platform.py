@@ -23,7 +23,7 @@ from fairlead_cpu import memory, memory_profile, native
 from fairlead_cpu.allocator import HostAllocator
 from fairlead_cpu.attention import SdpaAttention
 from fairlead_cpu.linear import linear_methods
-from fairlead_cpu.native_attention import NativeAttention
+from fairlead_cpu.native_attention import KV_DTYPES, NativeAttention
 from fairlead_cpu.ops import providers
 from fairlead_cpu.recorder import StepRecorder
 
@@ -43,6 +43,7 @@ class CpuPlatform(BasicPlatform):
             dtypes=("bfloat16", "float32"),
             block_sizes=(16, 8, 32, 64, 128, 1, 2, 4),
             kv_layouts=("slots",) if self._kernels is None else ("segments", "slots"),
+            kv_dtypes=("auto",) if self._kernels is None else KV_DTYPES,
             quantization=() if self._kernels is None else ("int8", "int4"),
             batch_invariant=self._kernels is not None,
         )

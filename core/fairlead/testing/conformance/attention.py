@@ -99,6 +99,9 @@ class _Backend:
             yield self._check(kind, self._sweep([self._shape(**settings)]))
         for size in capabilities.block_sizes:
             yield self._check(f"block size {size}", self._sweep([self._shape(block_size=size)]))
+        for kv_dtype in capabilities.kv_dtypes:
+            if kv_dtype not in ("auto", self.dtype):
+                yield self._check(f"cache of {kv_dtype}", self._stored(kv_dtype))
         yield self._check("rotary embedding in the write", self._rotary)
         yield self._check("copied blocks", lambda: self._examine(self._shape(), [self._copies]))
         has_swap = self.s.platform.max_swap_bytes(0) is not None
@@ -117,6 +120,7 @@ class _Backend:
         block_size: int | None = None,
         alibi: bool = False,
         value_part: float | None = None,
+        kv_dtype: str = "auto",
         **kind: Any,
     ) -> AttentionShape:
         size = head_size or self.head_size
@@ -129,7 +133,8 @@ class _Backend:
             value_size=None if value_part is None else int(size * value_part),
             **kind,
         )
-        return AttentionShape(spec=spec, num_layers=1, block_size=block_size or self.block_size, dtype=self.dtype)
+        size = block_size or self.block_size
+        return AttentionShape(spec=spec, num_layers=1, block_size=size, dtype=self.dtype, kv_dtype=kv_dtype)
 
     def _sweep(self, shapes: Sequence[AttentionShape]) -> Callable[[], Outcome]:
         def run() -> Outcome:
@@ -193,6 +198,10 @@ class _Backend:
         trial.copy(pairs)
         seq.blocks = second
         return [*errors, trial.step([(seq, 1), (other, 1)])]
+
+    def _stored(self, kv_dtype: str) -> Callable[[], Outcome]:
+        shape = self._shape(kv_dtype=kv_dtype)
+        return lambda: self._examine(shape, [self._steps, self._copies, self._stale])
 
     def _swap(self) -> Outcome:
         return self._examine(self._shape(), [self._swaps])
@@ -286,9 +295,9 @@ class _Trial:
         seen_q, seen_k = q[:num_tokens].float(), k[:num_tokens].float()
         if self.turn is not None:
             seen_q, seen_k = self.turn(seen_q, seen_k, _positions(metadata)[:num_tokens])
-        reference.kv_cache_write(seen_k, self._keys, slots_T)
+        reference.kv_cache_write(self._as_stored(seen_k), self._keys, slots_T)
         if spec.value_size is None:
-            reference.kv_cache_write(v[:num_tokens].float(), self._values, slots_T)
+            reference.kv_cache_write(self._as_stored(v[:num_tokens].float()), self._values, slots_T)
         want = torch.zeros(num_tokens, spec.num_heads, spec.value_size or spec.head_size)
         if self.s.platform.capabilities.computes:
             want = reference.paged_attention(
@@ -308,6 +317,14 @@ class _Trial:
         like = torch.empty((len(q), *want.shape[1:]), dtype=self._dtype)
         self.s.check_tensor(hook, got, like, where)
         return self.s.compare(hook, got[:num_tokens], want, TOLERANCE[self.shape.dtype], where)
+
+    def _as_stored(self, x: torch.Tensor) -> torch.Tensor:
+        """What a cache of another dtype keeps of it: what is too large becomes the largest number."""
+        if self.shape.kv_dtype == "auto":
+            return x
+        dtype: torch.dtype = getattr(torch, self.shape.kv_dtype)
+        most = torch.finfo(dtype).max
+        return x.clamp(-most, most).to(dtype).float()
 
     def _forward(self, inputs: dict[str, torch.Tensor], metadata: AttentionMetadata) -> torch.Tensor:
         """Plans and attends, as a model's layer does; convicts a plan that changes what it is given."""

@@ -48,6 +48,7 @@ class Right(CpuPlatform):
             dtypes=("float32",),
             block_sizes=(16, 8),
             kv_layouts=("slots",),
+            kv_dtypes=("auto",),
             quantization=tuple(scheme for scheme in self.own_methods if scheme != "unquantized"),
             batch_invariant=False,
         )
@@ -218,6 +219,10 @@ def norm_of_some(x_NE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
 
 def raise_bad(*args: object) -> Any:
     raise OSError("the device\nis on fire")
+
+
+def plain_cache(backend: Any, shape: AttentionShape, *rest: Any) -> None:
+    ReferenceAttention.__init__(backend, replace(shape, kv_dtype="auto"), *rest)
 
 
 def changed_spec(self: ReferenceAttention, shape: AttentionShape, *rest: Any, **changes: Any) -> None:

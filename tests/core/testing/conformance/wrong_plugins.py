@@ -38,6 +38,7 @@ from wrong_parts import (
     norm_of_some,
     norm_over_the_batch,
     op,
+    plain_cache,
     raise_bad,
     refusing,
     restless_probe,
@@ -285,6 +286,12 @@ WRONG: dict[str, Wrong] = {
         hook="attention('reference').forward",
         got="an error of",
         changes=attending(__init__=lambda *args: changed_spec(*args, alibi_slopes=None)),
+    ),
+    "ignores_the_caches_dtype": Wrong(
+        tier="attention",
+        hook="attention('reference').forward",
+        got="an error of",
+        changes={**attending(__init__=plain_cache), **capable(kv_dtypes=("auto", "float8_e4m3fn"))},
     ),
     "interleaves_heads": Wrong(
         tier="attention",
