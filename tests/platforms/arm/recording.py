@@ -161,17 +161,25 @@ class Calls:
         read = rows(source, out * (1 + pair), k, stride, BYTES[dtype])
         return {1: read, 6: exact(to, weight), 7: exact(scale, scales)}
 
+    def _layers(self, at: int, count: int) -> Buffer:
+        """Records of linear layers, one after the other."""
+        pointers, size = [], ctypes.sizeof(native.LinearLayer)
+        for i in range(count):
+            layer = native.LinearLayer.from_address(at + i * size)
+            pair = int(1 <= layer.activation <= 3)
+            sizes = self._sizes(layer.scheme, pair, layer.out, layer.k)
+            for name, num_bytes in zip(("weight", "scale", "sums"), sizes, strict=True):
+                if getattr(layer, name):
+                    behind = Buffer(address=getattr(layer, name), num_bytes=num_bytes)
+                    pointers.append((i * size + getattr(native.LinearLayer, name).offset, behind))
+        return Buffer(address=at, num_bytes=count * size, pointers=tuple(pointers))
+
     def fl_linear(self, a: Sequence[Any]) -> Buffers:
         record, x, x_stride, num_rows, bias, residual, residual_stride, y, y_stride = a
         layer = native.LinearLayer.from_address(record)
         pair = int(1 <= layer.activation <= 3)
-        named = zip(("weight", "scale", "sums"), self._sizes(layer.scheme, pair, layer.out, layer.k), strict=True)
-        behind = {
-            name: Buffer(address=getattr(layer, name), num_bytes=size) for name, size in named if getattr(layer, name)
-        }
-        pointers = tuple((getattr(native.LinearLayer, name).offset, buffer) for name, buffer in behind.items())
         found = {
-            0: Buffer(address=record, num_bytes=ctypes.sizeof(layer), pointers=pointers),
+            0: self._layers(record, 1),
             1: rows(x, num_rows, layer.k, x_stride, BYTES[layer.x_dtype]),
             7: result(y, layer.y_dtype, num_rows, layer.out, norm=True, stride=y_stride),
         }
@@ -181,6 +189,27 @@ class Calls:
             found[5] = rows(residual, num_rows, layer.out, residual_stride, BYTES[layer.y_dtype])
         elif residual:
             found[5] = found[7] = replace(found[7], is_read=True)
+        return found
+
+    def fl_moe(self, a: Sequence[Any]) -> Buffers:
+        record, x, x_stride, num_tokens, logits_are_bf16, logits, logits_stride, correction, scratch, y = a
+        moe = native.MoeLayer.from_address(record)
+        enter = native.LinearLayer.from_address(moe.enter)
+        pointers = tuple(
+            (getattr(native.MoeLayer, name).offset, self._layers(getattr(moe, name), moe.num_experts))
+            for name in ("enter", "leave")
+        )
+        needed = self._library.fl_moe_scratch_bytes
+        needed.restype, needed.argtypes = native.SIGNATURES["fl_moe_scratch_bytes"]
+        found = {
+            0: Buffer(address=record, num_bytes=ctypes.sizeof(moe), pointers=pointers),
+            1: rows(x, num_tokens, enter.k, x_stride, BYTES[enter.x_dtype]),
+            5: rows(logits, num_tokens, moe.num_experts, logits_stride, BYTES[bool(logits_are_bf16)]),
+            8: Buffer(address=scratch, num_bytes=needed(record, num_tokens)),
+            9: result(y, enter.x_dtype, num_tokens, enter.k, norm=True),
+        }
+        if correction:
+            found[7] = rows(correction, 1, moe.num_experts, moe.num_experts, 4)
         return found
 
     def fl_draw(self, a: Sequence[Any]) -> Buffers:
