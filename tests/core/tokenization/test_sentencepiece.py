@@ -68,7 +68,7 @@ def check_equal(data: bytes, cases: list[str], *, decodes: bool = True) -> None:
         expected = reference.encode(text)
         found = backend.encode(text, add_special_tokens=False).ids
         if is_unigram and found != expected:
-            # The same pieces in another order are exactly as likely: rounding decides, and sums round by where they begin.
+            # The same pieces in another order are exactly as likely: rounding decides, which differs.
             assert sorted(found) == sorted(expected), text
             num_ties += 1
             continue
