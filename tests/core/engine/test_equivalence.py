@@ -247,6 +247,8 @@ def test_n6_freed_blocks_hold_nan(
     num_at_start = poison.num_poisoned
     for _ in range(2):
         assert tokens_of(generate(llm, prompts, params)) == expected
+    for _ in range(2):  # alone, where nobody else takes the blocks of its prompt before it comes again
+        assert tokens_of(generate(llm, prompts[-1:], params[-1:])) == expected[-1:]
     stats = llm.engine.stats()
     assert poison.num_poisoned > num_at_start + 40
     assert (stats.num_preemptions > 0) == ("num_blocks" in settings)
