@@ -191,8 +191,8 @@ def test_no_more_sequences_run_than_the_platform_can(model: Path, platform: Acme
         ({"max_model_len": 1000}, {}, "max_model_len 1000 (the model was made for 512)"),
         ({"max_num_batched_tokens": 65}, {"max_batched_tokens": 64}, "max_num_batched_tokens 65 (at most 64)"),
         ({"attention_backend": "flash"}, {}, f"attention_backend flash (it has {BACKENDS})"),
-        ({"kv_cache_dtype": "fp8"}, {}, "kv_cache_dtype fp8 (it has auto)"),
-        ({"kv_cache_dtype": "bfloat16"}, {}, "kv_cache_dtype bfloat16 (it has auto)"),
+        ({"kv_cache_dtype": "fp8"}, {"kv_dtypes": ("auto",)}, "kv_cache_dtype fp8 (it has auto)"),
+        ({"kv_cache_dtype": "bfloat16"}, {"kv_dtypes": ("auto",)}, "kv_cache_dtype bfloat16 (it has auto)"),
         (
             {"kv_cache_dtype": "fp8_e5m2"},
             {"kv_dtypes": ("auto", "float8_e4m3fn")},
