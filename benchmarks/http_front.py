@@ -42,28 +42,28 @@ PROMPT = [300, 301, 302, 303]
 NUM_ALONE, PAUSE_S = 200, 0.005
 
 
-async def _serve(port: int, step_ms: float, engine_ms: Connection) -> None:
+async def _serve(port: int, step_ms: float, engine_s: Connection) -> None:
     command = (sys.executable, "-P", str(FAKE_ENGINE), str(step_ms))
     with mock.patch.object(connection, "COMMAND", command):  # as the tests do, and for the start alone
         engine = await AsyncEngine.start(EngineConfig.of(model="demo", max_num_seqs=1024))
-    engine_ms.send(await _engine_ttft_ms(engine))
+    engine_s.send(await _engine_ttft_s(engine))
     config = ServerConfig(port=port, log_level="warning", max_queued_requests=4096)
     http = uvicorn.Server(uvicorn_config(create_app(engine, config), config))
     await http.serve(sockets=[bind("127.0.0.1", port)])
     await engine.shutdown()
 
 
-async def _engine_ttft_ms(engine: AsyncEngine) -> list[float]:
+async def _engine_ttft_s(engine: AsyncEngine) -> list[float]:
     times = []
     for _ in range(NUM_ALONE):
         await asyncio.sleep(PAUSE_S)
         start = time.perf_counter()
         async for _ in engine.generate(PROMPT, SamplingParams(max_tokens=1)):
-            times.append((time.perf_counter() - start) * 1000)
+            times.append(time.perf_counter() - start)
     return times
 
 
-def _http_ttft_ms(target: Target) -> list[float]:
+def _http_ttft_s(target: Target) -> list[float]:
     times = []
     content = json.dumps({"model": "demo", "prompt": PROMPT, "max_tokens": 1, "stream": True}).encode()
     head = (
@@ -77,19 +77,19 @@ def _http_ttft_ms(target: Target) -> list[float]:
             found = b""
             while b"data: {" not in found:
                 found += connection.recv(65536)
-            times.append((time.perf_counter() - start) * 1000)
+            times.append(time.perf_counter() - start)
             while not found.endswith(b"0\r\n\r\n"):
                 found += connection.recv(65536)
     return times
 
 
-def _server(port: int, step_ms: float, profile: str | None, engine_ms: Connection) -> None:
+def _server(port: int, step_ms: float, profile: str | None, engine_s: Connection) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn hears it, and raises it again once it has stopped
     profiler = cProfile.Profile() if profile is not None else None
     if profiler is not None:
         profiler.enable()
     try:
-        asyncio.run(_serve(port, step_ms, engine_ms))
+        asyncio.run(_serve(port, step_ms, engine_s))
     finally:
         if profiler is not None:
             profiler.disable()
@@ -148,9 +148,9 @@ def main() -> None:
         asyncio.run(_until_up(target))
         assert server.pid is not None
         found = asyncio.run(_measure(target, server.pid, asked.clients, asked.tokens))
-        alone = {"engine": receiver.recv(), "http": _http_ttft_ms(target)}
-        found["alone_ttft_ms"] = {name: quantiles([ms / 1000 for ms in times]) for name, times in alone.items()}
-        found["http_adds_ms"] = median(alone["http"]) - median(alone["engine"])
+        engine_s, http_s = receiver.recv(), _http_ttft_s(target)
+        found["alone_ttft_ms"] = {"engine": quantiles(engine_s), "http": quantiles(http_s)}
+        found["http_adds_ms"] = (median(http_s) - median(engine_s)) * 1000
     finally:
         server.terminate()
         server.join()

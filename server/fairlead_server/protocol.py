@@ -16,34 +16,32 @@ from fairlead_server.structured import structured_outputs
 from fairlead_server.unsupported import refuse_unsupported
 
 MAX_PROMPTS = 1024
-_SAMPLING_FIELDS = frozenset(
-    {
-        "n",
-        "best_of",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "stop_token_ids",
-        "bad_words",
-        "include_stop_str_in_output",
-        "min_tokens",
-        "ignore_eos",
-        "logit_bias",
-        "allowed_token_ids",
-        "logits_processors",
-        "use_beam_search",
-        "length_penalty",
-        "early_stopping",
-        "truncate_prompt_tokens",
-        "skip_special_tokens",
-        "spaces_between_special_tokens",
-    }
+_SAMPLING_FIELDS = (
+    "n",
+    "best_of",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "bad_words",
+    "include_stop_str_in_output",
+    "min_tokens",
+    "ignore_eos",
+    "logit_bias",
+    "allowed_token_ids",
+    "logits_processors",
+    "use_beam_search",
+    "length_penalty",
+    "early_stopping",
+    "truncate_prompt_tokens",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
 )
 
 
@@ -142,9 +140,7 @@ class GenerationBody(_Body):
         self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
         """The request's own values over the defaults. Raises RequestError on one that is out of range."""
-        given: dict[str, Any] = {
-            name: v for name in self.model_fields_set & _SAMPLING_FIELDS if (v := getattr(self, name)) is not None
-        }
+        given: dict[str, Any] = {name: v for name in _SAMPLING_FIELDS if (v := getattr(self, name)) is not None}
         given["structured_outputs"] = structured_outputs(self.model_extra or {})
         return replace(defaults, **given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 

@@ -40,7 +40,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         abort = scope.get("state", {}).get("abort_connection")
         try:
-            with contextlib.suppress(ClientDisconnectedError, OSError):  # OSError: so says a server other than uvicorn
+            with contextlib.suppress(OSError):  # the client left while we sent, as servers other than uvicorn say it
                 await self._send(send, abort)
         finally:
             self._generation.close()
@@ -58,8 +58,8 @@ class EventStream(Response):
             if abort is not None:
                 abort()
             return
-        except (ClientDisconnectedError, OSError):
-            raise
+        except ClientDisconnectedError:
+            return
         except Exception as error:
             last = event(as_api_error(error).body)
         await send({"type": "http.response.body", "body": last})

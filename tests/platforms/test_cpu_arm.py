@@ -27,7 +27,7 @@ TESTS = (
 CHOSEN = (
     "apply_is_a_product or gate_and_up or activation_and_residual or activations_over or numbers_that_are_none"
     " or provider_equals_reference or rows_do_not_depend or kinds_of_attention or head_ratios or of_the_reference"
-    " or (cache_of_8_bits) or (in_one_call and not int8)"  # int8 rounds anew between its two layers
+    " or cache_of_8_bits or (in_one_call and not int8)"  # int8 rounds anew between its two layers
 )
 RUN = """
 import sys

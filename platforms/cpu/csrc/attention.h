@@ -30,7 +30,7 @@ struct Shape {  // the same in fairlead_cpu/native_attention.py
   int32_t sliding_window;  // 0: none
   float scale, soft_cap;   // 0: none
   const float* alibi_slopes;
-  int32_t stored;  // kAsComputed or one of the formats below
+  int32_t stored;  // kAsComputed, or a format that it narrows to
 
   int group() const { return num_heads / num_kv_heads; }
   int pair() const { return is_bf16 ? 2 : 1; }
