@@ -60,6 +60,15 @@ void write_rows(const Shape& shape, const int32_t* slots, int64_t begin, int64_t
   }
 }
 
+// f of the type of a shape's 8-bit floats.
+template <class F>
+inline void with_format(const Shape& shape, const F& f) {
+  if (shape.stored == kE4M3)
+    f(fp8::E4M3{});
+  else
+    f(fp8::E5M2{});
+}
+
 template <class Kv>
 void write_tokens(const Shape& shape, const int32_t* slots, int64_t begin, int64_t end,
                   const Rows<typename Kv::Element>& keys, const Rows<typename Kv::Element>& values, void* cache) {
@@ -70,20 +79,14 @@ void write_tokens(const Shape& shape, const int32_t* slots, int64_t begin, int64
   }
   std::vector<uint8_t> codes(shape.head_size);
   write_rows<Kv>(shape, slots, begin, end, keys, values, static_cast<uint8_t*>(cache), [&](const Element* row) {
-    if (shape.stored == kE4M3)
-      fp8::narrow<fp8::E4M3>(row, shape.head_size, codes.data());
-    else
-      fp8::narrow<fp8::E5M2>(row, shape.head_size, codes.data());
+    with_format(shape, [&](auto format) { fp8::narrow<decltype(format)>(row, shape.head_size, codes.data()); });
     return static_cast<const uint8_t*>(codes.data());
   });
 }
 
 template <class Element>
 void widen(const Shape& shape, const uint8_t* from, int64_t n, Element* to) {
-  if (shape.stored == kE4M3)
-    fp8::widen<fp8::E4M3>(from, n, to);
-  else
-    fp8::widen<fp8::E5M2>(from, n, to);
+  with_format(shape, [&](auto format) { fp8::widen<decltype(format)>(from, n, to); });
 }
 
 // Where the keys of a tile stand by segment: keys at a stride of kSegment units, values at one of `value_columns`.
@@ -154,14 +157,21 @@ struct Tile {
     return own;
   }
 
-  // The tile is in `own`: keys, then values.
-  uint32_t* place(const Shape& shape, uint32_t* own) {
+  // The tile is in `own`: keys, then values, where they begin is returned.
+  Element* place(const Shape& shape, uint32_t* own) {
     uint32_t* own_values = own + kTileSegments * shape.segment_key_units();
     for (int s = 0; s < kTileSegments; s++) {
       keys[s] = own + s * shape.segment_key_units();
       values[s] = own_values + s * shape.segment_value_units();
     }
-    return own_values;
+    return reinterpret_cast<Element*>(own_values);
+  }
+
+  static void clear_values(const Shape& shape, Element* values, int from, int to) {
+    for (int key = from; key < to; key++) {
+      Element* row = values + key / Kv::kPair * shape.value_columns() * Kv::kPair + key % Kv::kPair;
+      for (int i = 0; i < shape.value_columns(); i++) row[i * Kv::kPair] = Element{};
+    }
   }
 
   // Widens whole segments of a packed cache.
@@ -171,7 +181,7 @@ struct Tile {
     const int per_block = shape.block_size / kSegment;
     const int64_t key_entries = shape.segment_key_units() * Kv::kPair;
     const int64_t value_entries = shape.segment_value_units() * Kv::kPair;
-    auto* own_values = reinterpret_cast<Element*>(place(shape, own));
+    Element* own_values = place(shape, own);
     for (int s = begin / kSegment; s < end / kSegment; s++) {
       const int segment = start / kSegment + s, within = segment % per_block;
       const uint8_t* at =
@@ -180,14 +190,8 @@ struct Tile {
       widen(shape, at + per_block * key_entries + within * value_entries, value_entries,
             own_values + s * value_entries);
     }
-    auto clear_rows = [&](int from, int to) {
-      for (int key = from; key < to; key++) {
-        Element* row = own_values + key / Kv::kPair * shape.value_columns() * Kv::kPair + key % Kv::kPair;
-        for (int i = 0; i < shape.value_columns(); i++) row[i * Kv::kPair] = Element{};
-      }
-    };
-    clear_rows(begin, low);
-    clear_rows(high, end);
+    clear_values(shape, own_values, begin, low);
+    clear_values(shape, own_values, high, end);
   }
 
   // Packs rows of a plain cache; `wide(row)` is the row in the shape's own type, until the next call.
@@ -195,20 +199,16 @@ struct Tile {
   void pack(const Shape& shape, const Entry* cache, const int32_t* table, int head, int start, int low, int high,
             uint32_t* own, const F& wide) {
     const int size = grain(shape), begin = low / size * size, end = (high + size - 1) / size * size;
-    uint32_t* own_values = place(shape, own);
-    auto clear_rows = [&](int from, int to) {
-      for (int i = from / Kv::kPair; i < (to + Kv::kPair - 1) / Kv::kPair; i++)
-        std::memset(own_values + i * shape.value_columns(), 0, shape.value_columns() * 4);
-    };
-    clear_rows(begin, low);
-    clear_rows(high, end);
+    Element* own_values = place(shape, own);
+    clear_values(shape, own_values, begin, low);
+    clear_values(shape, own_values, high, end);
     for (int i = low; i < high; i++) {
       int position = start + i;
       int64_t slot = int64_t{table[position / shape.block_size]} * shape.block_size + position % shape.block_size;
       const Element* row = wide(cache + (slot * shape.num_kv_heads + head) * shape.plain_row());
       put_key<Kv::kPair>(reinterpret_cast<Element*>(own + i / kSegment * shape.segment_key_units()), i % kSegment, row,
                          shape.head_size);
-      put_value<Kv::kPair>(reinterpret_cast<Element*>(own_values), i, shape.is_latent ? row : row + shape.head_size,
+      put_value<Kv::kPair>(own_values, i, shape.is_latent ? row : row + shape.head_size,
                            shape.value_size, shape.value_columns());
     }
   }
