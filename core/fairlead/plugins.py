@@ -118,7 +118,7 @@ def _register(entry_point: importlib.metadata.EntryPoint) -> Iterable[PlatformSp
                 plugin=entry_point.name,
                 hook="fairlead_platforms",
                 expected="PlatformSpec (name: text, priority: integer, probe, create and diagnose: callable, "
-                "environment: texts by name)",
+                "environment: texts by name, niceness: 0 to 19)",
                 got=repr(spec)[:200],
             )
     return list(results[0])
@@ -184,6 +184,7 @@ def _is_well_formed(spec: object) -> bool:
         and callable(spec.diagnose)
         and isinstance(spec.environment, Mapping)
         and all(isinstance(text, str) for item in spec.environment.items() for text in item)
+        and spec.niceness in range(20)
     )
 
 
@@ -352,12 +353,10 @@ def _restriction() -> str:
     return f" ({ALLOWLIST_VARIABLE} permits only: {', '.join(sorted(permitted)) or 'none'})"
 
 
-def environment(config: PlatformConfig) -> Mapping[str, str]:
-    """What an engine's process should start with for the platform that it will choose; nothing if it will fail to."""
-    for record in discover():
-        if record.spec is not None and config.platform in (None, record.name):
-            return record.spec.environment
-    return {}
+def expected(config: PlatformConfig) -> PlatformSpec | None:
+    """The platform that an engine's process will choose; None if it will fail to."""
+    found = (record.spec for record in discover() if config.platform in (None, record.name))
+    return next((spec for spec in found if spec is not None), None)
 
 
 def create(record: PlatformRecord, device: Device) -> Platform:

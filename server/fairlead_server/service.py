@@ -101,7 +101,7 @@ class Generation:
     def __init__(self, service: Service, requests: list[Request], http: HttpRequest) -> None:
         self._service = service
         self._streams: list[RequestStream] = []
-        self._watcher = asyncio.ensure_future(self._watch(http))
+        self._watcher = asyncio.ensure_future(_watch(http, self._streams))
         config = service.config
         try:
             for request in requests:
@@ -153,12 +153,16 @@ class Generation:
         for stream in self._streams:
             stream.close()
 
-    async def _watch(self, http: HttpRequest) -> None:
-        """The body has been read, so that the next thing to hear is that the client has left."""
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        for stream in self._streams:
-            stream.fail(ClientDisconnectedError())
+
+async def _watch(http: HttpRequest, streams: list[RequestStream]) -> None:
+    """Fails the streams when the client leaves: the body has been read, so that nothing else is left to be heard.
+
+    It knows no `Generation`, which holds its task, and a cancelled task holds the frames that it was in.
+    """
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+    for stream in streams:
+        stream.fail(ClientDisconnectedError())
 
 
 async def _merged(streams: list[RequestStream]) -> AsyncIterator[tuple[int, RequestOutput]]:

@@ -186,6 +186,7 @@ def test_a_good_plugin_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
         ([spec(diagnose="no")], "probe, create and diagnose: callable"),
         ([spec(environment=None)], "environment: texts by name"),
         ([spec(environment={"N": 1})], "environment: texts by name"),
+        ([spec(niceness=-1)], "niceness: 0 to 19"),
         (ValueError("no good"), "ValueError: no good"),
         (SystemExit(3), "SystemExit: 3"),
     ],
@@ -200,18 +201,15 @@ def test_a_hook_that_breaks_the_contract_is_listed(
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [(None, {"N": "best"}), ("best", {"N": "best"}), ("plain", {}), ("broken", {}), ("z", {})]
+    ("asked", "name"), [(None, "best"), ("best", "best"), ("plain", "plain"), ("broken", None), ("z", None)]
 )
-def test_the_environment_is_that_of_the_platform_to_be_chosen(
-    monkeypatch: pytest.MonkeyPatch, asked: str | None, expected: dict[str, str]
+def test_the_platform_to_be_chosen_is_known_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, name: str | None
 ) -> None:
-    records = [
-        record("broken", "broken"),
-        record("best", spec=spec(environment={"N": "best"})),
-        record("plain", spec=spec()),
-    ]
+    records = [record("broken", "broken"), *(record(each, spec=spec(name=each)) for each in ("best", "plain"))]
     monkeypatch.setattr(plugins, "discover", lambda: records)
-    assert plugins.environment(PlatformConfig(platform=asked)) == expected
+    found = plugins.expected(PlatformConfig(platform=asked))
+    assert (found and found.name) == name
 
 
 @pytest.mark.parametrize("answer", [None, (), "", [DEVICE], ("x:0",), 1])

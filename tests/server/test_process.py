@@ -1,5 +1,6 @@
 """The engine's process: it ends with its parent, and leaves signals to it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from fairlead.engine.process import HEARTBEAT_S, LENGTH_BYTES, Channel
 from fairlead.request import EngineStats
 
 FAKE_ENGINE = (sys.executable, "-P", str(Path(__file__).with_name("fake_engine.py")))
+NICENESS = 3
 
 
 class Parent:
@@ -27,9 +29,8 @@ class Parent:
         self.requests, self.events = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         self.requests.bind(f"ipc://{self.folder / 'requests'}")
         self.events.bind(f"ipc://{self.folder / 'events'}")
-        startup = messages.Startup(
-            EngineConfig.of(model="demo"), str(self.folder / "requests"), str(self.folder / "events")
-        )
+        paths = str(self.folder / "requests"), str(self.folder / "events")
+        startup = messages.Startup(EngineConfig.of(model="demo"), *paths, niceness=NICENESS)
         data = messages.encode(startup)
         self.process = subprocess.Popen(FAKE_ENGINE, stdin=subprocess.PIPE)
         assert self.process.stdin is not None
@@ -59,6 +60,11 @@ def test_an_idle_process_says_so_every_second(parent: Parent) -> None:
     assert isinstance(parent.receive(), messages.Ready)
     assert HEARTBEAT_S == 1.0
     assert parent.receive() == messages.Heartbeat(EngineStats())
+
+
+def test_it_gives_way_as_it_was_told(parent: Parent) -> None:
+    parent.receive()
+    assert os.getpriority(os.PRIO_PROCESS, parent.process.pid) == os.nice(0) + NICENESS
 
 
 def test_it_leaves_signals_to_its_parent_and_ends_on_stop(parent: Parent) -> None:

@@ -1,5 +1,6 @@
 """Streams that end early: the client leaves, a sequence fails, the engine dies."""
 
+import gc
 import json
 import socket
 import time
@@ -9,6 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from fairlead_server.service import Generation
 
 LONG = {"prompt": [300, 301], "max_tokens": 200, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 100, "ignore_eos": True}
@@ -104,3 +107,21 @@ def test_a_dying_engine_ends_its_streams_with_an_error_within_a_second(
         events = [line.removeprefix("data: ") for line in lines if line]
     assert time.monotonic() - start < 1
     assert json.loads(events[-1])["error"]["type"] == "service_unavailable_error"
+
+
+@REQUESTS
+def test_what_a_request_leaves_needs_no_garbage_collector(
+    client: httpx.Client, until: Callable[..., bool], path: str, body: dict[str, Any]
+) -> None:
+    def num_alive() -> int:
+        return sum(isinstance(found, Generation) for found in gc.get_objects())
+
+    gc.collect()
+    assert until(lambda: num_alive() == 0)
+    gc.disable()  # its passes stop every stream
+    try:
+        for _ in range(3):
+            assert client.post(path, json={**body, "max_tokens": 2}).status_code == 200
+        assert until(lambda: num_alive() == 0)
+    finally:
+        gc.enable()

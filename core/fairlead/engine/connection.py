@@ -39,11 +39,15 @@ class EngineConnection:
         self._context = zmq.Context()
         self._requests = self._context.socket(zmq.PUSH)
         self._events = zmq.asyncio.Socket(self._context, zmq.PULL)
+        platform = plugins.expected(config.platform)
         try:
             startup = Startup(
-                config, self._bind(self._requests, "requests.sock"), self._bind(self._events, "events.sock")
+                config,
+                self._bind(self._requests, "requests.sock"),
+                self._bind(self._events, "events.sock"),
+                niceness=platform.niceness if platform is not None else 0,
             )
-            self._process = self._spawn(encode(startup), plugins.environment(config.platform))
+            self._process = self._spawn(encode(startup), platform.environment if platform is not None else {})
         except BaseException:
             self._close_sockets()
             raise

@@ -17,6 +17,7 @@ class Startup(msgspec.Struct, frozen=True, tag=True):
     config: EngineConfig
     requests_path: str
     events_path: str
+    niceness: int = 0
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):

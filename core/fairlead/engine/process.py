@@ -156,8 +156,20 @@ def main(load: Callable[[EngineConfig], Engine]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     startup = decode_startup(_read(int.from_bytes(_read(LENGTH_BYTES), "little")))
+    give_way(startup.niceness)
     threading.Thread(target=_end_with_parent, args=(Path(startup.requests_path).parent,), daemon=True).start()
     return run(startup, load)
+
+
+def give_way(niceness: int) -> None:
+    """Lowers the priority of this thread, and of those that it will start.
+
+    Linux may weigh whole sessions against each other, and threads only within theirs: this process, which has one of
+    its own, is then weighed by /proc/self/autogroup.
+    """
+    os.nice(niceness)
+    with contextlib.suppress(OSError):  # there are no such groups here
+        Path("/proc/self/autogroup").write_text(str(niceness), encoding="ascii")
 
 
 def _read(length: int) -> bytes:

@@ -34,6 +34,8 @@ class PlatformSpec:
     `environment` are variables that an engine's process starts with, where the user has not set them: for libraries
     that read theirs when they are loaded, before `create` could say anything. (An LLM in the user's own process is
     left as it is.)
+    `niceness` is by how much an engine's process gives way to others, its front end above all: for devices that
+    compute on the processors that answer clients, too. 0 to 19, as of nice(2).
     `diagnose()` returns a sentence for each thing that is wrong with the driver, or with the torch that is installed
     for it; `fairlead doctor` alone calls it, whether `probe` found devices or not. It may take its time.
     """
@@ -44,6 +46,7 @@ class PlatformSpec:
     probe: Callable[[], tuple[Device, ...] | str]
     create: Callable[[Device], "Platform"]
     environment: Mapping[str, str] = field(default_factory=dict)
+    niceness: int = 0
     diagnose: Callable[[], tuple[str, ...]] = tuple
 
 
