@@ -184,7 +184,7 @@ class LlamaCpp:
 
     def __init__(self, options: Options) -> None:
         if options.server is None or options.file is None:
-            raise RuntimeError("llama.cpp needs the path of llama-server (--llama-server) and of a GGUF file (--gguf)")
+            raise RuntimeError("llama.cpp needs the paths of llama-server and of a GGUF file")
         with socket.create_server(("127.0.0.1", 0)) as free:
             self._port = free.getsockname()[1]
         threads = str(len(os.sched_getaffinity(0)))
@@ -250,13 +250,13 @@ class LlamaCpp:
 
 
 class OpenVino:
-    """GenAI's continuous batching pipeline on a model that its converter has exported (--openvino-dir)."""
+    """GenAI's continuous batching pipeline on a model that its converter has exported."""
 
     share = 1.0
 
     def __init__(self, options: Options) -> None:
         if options.file is None:
-            raise RuntimeError("OpenVINO needs an exported model (--openvino-dir)")
+            raise RuntimeError("OpenVINO needs an exported model")
         self._genai: Any = importlib.import_module("openvino_genai")
         self._openvino: Any = importlib.import_module("openvino")
         sizes = self._genai.SchedulerConfig()

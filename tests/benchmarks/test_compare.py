@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import compare
-from comparing import adapters, workloads
+from comparing import adapters, engines, targets, workloads
 
 SCRIPT = Path(compare.__file__)
 
@@ -38,10 +38,26 @@ def test_metrics() -> None:
     assert found == {"ttft_ms": 250.0, "itl_ms": 250.0}
 
 
-def test_a_ratio_above_one_is_better() -> None:
-    assert compare.ratio("wall_s", {"fairlead": 2.0, "a": 3.0, "b": 4.0, "limit": 1.0}) == "1.50 x"
-    assert compare.ratio("output_tokens_per_s", {"fairlead": 2.0, "a": 4.0, "b": 1.0}) == "0.50 x"
-    assert compare.ratio("wall_s", {"fairlead": 2.0, "limit": 1.0}) == ""
+def test_a_target_is_reached_by_the_ratio_to_the_best_of_the_others() -> None:
+    assert targets.ratio("w4 wall_s", 2.0, [3.0, 4.0]) == 1.5
+    assert targets.ratio("w1 output_tokens_per_s", 2.0, [4.0, 1.0]) == 0.5
+    w1, w2 = targets.W1, targets.W2
+    medians = {"fairlead": {w1: 130.0, w2: 10.0}, "vllm": {w1: 100.0, w2: 17.0}, "limit": {w2: 5.0}}
+    lines = targets.table("smol135m", medians)
+    assert lines[2:] == [
+        f"| {w1} | fairlead | vllm | 1.30 x | 1.30 x | yes |",
+        f"| {w2} | fairlead | limit | 0.87 x | 0.50 x | no |",
+        f"| {w2} | fairlead | vllm | 1.80 x | 1.70 x | no |",
+    ]
+    assert targets.table("smol135m", {"fairlead": {w1: 1.0}}) == []
+
+
+def test_only_engines_with_program_and_model_are_taken(tmp_path: Path) -> None:
+    assert engines.present(tmp_path, "tiny") == []
+    for path in ("models/tiny", "venv-vllm/bin/python", "llama-build/bin/llama-server", "gguf/tiny-q4_0.gguf"):
+        (tmp_path / path).mkdir(parents=True)
+    own = ["fairlead", "fairlead-int8", "fairlead-int4", "transformers"]
+    assert engines.present(tmp_path, "tiny") == [*own, "vllm", "llamacpp-q4_0"]
 
 
 def test_an_output_of_another_length_is_an_error() -> None:
@@ -78,18 +94,18 @@ def test_llama_cpp_that_stops_early_is_found(
 
 def test_a_dry_run_writes_table_and_plots(tmp_path: Path, full: bool) -> None:
     """An engine that cannot be loaded is told, and the others are measured."""
-    engines = "fairlead,transformers,llamacpp" if full else "fairlead,llamacpp"
-    sizes = ["--model", "tiny", "--repeats", "1", "--models", str(tmp_path / "models"), "--engines", engines]
+    asked = "fairlead,transformers,llamacpp" if full else "fairlead,llamacpp"
+    sizes = ["--model", "tiny", "--repeats", "1", "--home", str(tmp_path), "--engines", asked]
     command = [sys.executable, str(SCRIPT), *sizes, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 1, done.stderr
     data = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))
     assert list(data["errors"]) == ["llamacpp"]
     expected = {f"{workload} {metric}" for workload, metrics in workloads.METRICS.items() for metric in metrics}
-    for engine in set(engines.split(",")) - {"llamacpp"}:
+    for engine in set(asked.split(",")) - {"llamacpp"}:
         assert set(data["runs"][engine]) == expected
         assert all(len(v) == 1 and v[0] > 0 for v in data["runs"][engine].values())
     table = (tmp_path / "compare.md").read_text(encoding="utf-8")
-    assert "* llamacpp failed: RuntimeError: llama.cpp needs the path of llama-server" in table
+    assert "* llamacpp failed: FileNotFoundError" in table
     assert "its figures mean nothing" in table
     assert len(list(tmp_path.glob("*.svg")) + list(tmp_path.glob("*.png"))) == len(expected)
