@@ -1,8 +1,8 @@
 """Measures what the largest step of a loaded model needs beside its weights and its KV cache.
 
 A step of `max_num_batched_tokens` would take minutes for a large model on a small device. What a forward pass needs
-grows linearly with its tokens: two small steps tell how, with the longest context in both. What the logits need is
-measured with as many rows as may be sampled at once, and no forward pass.
+grows linearly with its tokens: two small steps tell how, with the longest context in both. What logits and sampling
+need grows with the rows that are sampled, and is told by a few of them in the same way, without a forward pass.
 
 Shapes: T tokens of the largest step, R rows that it samples, E model width.
 """
@@ -22,7 +22,8 @@ from fairlead.scheduling.batch import ScheduledBatch, ScheduledChunk
 from fairlead.scheduling.block_manager import blocks_per_sequence
 
 _SAMPLING = SamplingParams(temperature=1.0, top_p=0.9, top_k=50)  # of the common ones, what takes most memory
-_SIZES = (32, 96)  # tokens of the two steps
+_TOKENS = (32, 96)  # of the two steps
+_ROWS = (8, 32)  # of the two samplings
 
 
 def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
@@ -35,7 +36,7 @@ def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
         for group in plan.cache_groups
     ]
     most = settings.max_num_batched_tokens
-    steps = [step_of(plan, num_blocks, min(size, most)) for size in _SIZES]
+    steps = [step_of(plan, num_blocks, min(size, most)) for size in _TOKENS]
     runner.allocate_cache(num_blocks)
     try:
         for group, (backend, kv_caches) in enumerate(zip(runner.backends, runner.kv_caches, strict=True)):
@@ -46,20 +47,34 @@ def measure_activations(plan: EnginePlan, runner: ModelRunner) -> int | None:
         forward = [_peak(plan, partial(_forward, runner, step)) for step in steps]
     finally:
         runner.kv_caches = []
-    hidden_RE, samplers = _sampled_rows(plan, width)
-    logits = _peak(plan, lambda: sample(runner.padded.logits(hidden_RE), samplers))
-    if None in forward or logits is None:
+    num_rows = min(settings.max_num_seqs, most)
+    rows = [_sampled_rows(plan, width, min(size, num_rows)) for size in _ROWS]
+    _sample(runner, *rows[0])  # as above: code counts, too, where it is the first to run
+    logits = [_peak(plan, partial(_sample, runner, *batch)) for batch in rows]
+    forward_bytes = _extrapolated([step.num_tokens for step in steps], forward, most)
+    logits_bytes = _extrapolated([len(hidden_RE) for hidden_RE, _ in rows], logits, num_rows)
+    if forward_bytes is None or logits_bytes is None:
         return None
-    small, large = (peak for peak in forward if peak is not None)
-    per_token = max(large - small, 0) / max(steps[1].num_tokens - steps[0].num_tokens, 1)
-    hidden_bytes = most * hidden_RE.shape[1] * hidden_RE.itemsize
-    return max(large + math.ceil(per_token * (most - steps[1].num_tokens)), logits + hidden_bytes)
+    return max(forward_bytes, logits_bytes + most * width * rows[0][0].itemsize)
+
+
+def _extrapolated(sizes: Seq[int], peaks: Seq[int | None], size: int) -> int | None:
+    """The peak at a size that is at least the second of two, from those at both; None if one of them is."""
+    small, large = peaks
+    if small is None or large is None:
+        return None
+    return large + math.ceil(max(large - small, 0) / max(sizes[1] - sizes[0], 1) * (size - sizes[1]))
 
 
 def _forward(runner: ModelRunner, batch: ScheduledBatch) -> torch.Tensor:
     """As it comes: a graph of this step would outlive its cache."""
     prepared = runner.prepare(batch)
     return runner.model(prepared.inputs.token_ids_T, prepared.inputs.positions_T, prepared.step)
+
+
+@torch.inference_mode()
+def _sample(runner: ModelRunner, hidden_RE: torch.Tensor, samplers: SamplingBatch) -> None:
+    sample(runner.padded.logits(hidden_RE), samplers)
 
 
 def _peak(plan: EnginePlan, work: Callable[[], object]) -> int | None:
@@ -71,11 +86,9 @@ def _peak(plan: EnginePlan, work: Callable[[], object]) -> int | None:
     return None if profile is None else profile.peak_bytes
 
 
-def _sampled_rows(plan: EnginePlan, width: int) -> tuple[torch.Tensor, SamplingBatch]:
-    """Hidden states of as many rows as a step may sample, and how they are sampled."""
-    settings = plan.settings
-    num_rows = min(settings.max_num_seqs, settings.max_num_batched_tokens)
-    dtype: torch.dtype = getattr(torch, settings.dtype)
+def _sampled_rows(plan: EnginePlan, width: int, num_rows: int) -> tuple[torch.Tensor, SamplingBatch]:
+    """So many rows of hidden states, and how they are sampled."""
+    dtype: torch.dtype = getattr(torch, plan.settings.dtype)
     hidden_RE = torch.zeros((num_rows, width), dtype=dtype, device=plan.platform.torch_device)
     chunk = ScheduledChunk(
         seq_id=0, token_ids=(0,), start=0, block_tables=(), params=_SAMPLING, sample_seed=0, position=1

@@ -55,7 +55,12 @@ void pack_panel(const PanelRows<S>& rows, int64_t k, T* to) {
     const int64_t k1 = std::min(k0 + kBlock, k);
     for (int i = 0; i < kPanel; i++) {
       if (!rows.row[i]) continue;
-      for (int64_t at = k0; at < k1; at++)
+      int64_t at = k0;
+      if constexpr (std::is_same_v<T, S>) {  // whole steps at once
+        for (; at + kStep <= k1; at += kStep)
+          std::memcpy(to + at * kPanel + i * kStep, rows.row[i] + at, kStep * sizeof(T));
+      }
+      for (; at < k1; at++)
         to[at / kStep * (kStep * kPanel) + i * kStep + at % kStep] = convert<T>(rows.at(i, at));
     }
   }
