@@ -265,7 +265,7 @@ class OpenVino:
         self._pipeline = self._genai.ContinuousBatchingPipeline(options.file, sizes, "CPU")
 
     def forget(self) -> None:
-        """It has no call for that; W1 alone repeats its prompts."""
+        """It has no call for that."""
 
     def _add(self, number: int, asked: Request) -> Any:
         np: Any = importlib.import_module("numpy")

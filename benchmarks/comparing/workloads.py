@@ -23,11 +23,10 @@ VOCAB_SIZES = {"smol135m": 49_152, "qwen05b": 151_936, "llama1b": 128_256, "tiny
 
 
 def requests(workload: str, model: str, repetition: int) -> list[Request]:
-    """Of one run. Each repetition has prompts of its own, so that no cache of an engine knows them, but for W1, whose
-    engines are asked to forget between runs."""
+    """Of one run. Each repetition has prompts of its own, so that no cache of an engine knows them; lengths stay."""
     vocab_size, is_tiny = VOCAB_SIZES[model], model == "tiny"
     make: dict[str, Callable[[], list[Request]]] = {
-        "w1": lambda: _mixed(vocab_size, *((6, 8) if is_tiny else (64, 1))),
+        "w1": lambda: _mixed(vocab_size, 1000 + repetition, *((6, 8) if is_tiny else (64, 1))),
         "w2": lambda: [_one(vocab_size, 2000 + repetition, *((16, 8) if is_tiny else (128, 128)))],
         "w3": lambda: [_one(vocab_size, 3000 + repetition, 96 if is_tiny else 2048, 1)],
         "w4": lambda: _shared(vocab_size, 4000 + repetition, *((4, 32, 4, 4) if is_tiny else (32, 1024, 32, 32))),
@@ -40,9 +39,10 @@ def _ids(draw: np.random.Generator, num: int, vocab_size: int) -> list[int]:
     return found
 
 
-def _mixed(vocab_size: int, num: int, divisor: int) -> list[Request]:
+def _mixed(vocab_size: int, seed: int, num: int, divisor: int) -> list[Request]:
     draw = np.random.default_rng(1)
     lens_in, lens_out = draw.integers(64, 193, size=num) // divisor, draw.integers(32, 97, size=num) // divisor
+    draw = np.random.default_rng(seed)
     return [(_ids(draw, int(i), vocab_size), int(o)) for i, o in zip(lens_in, lens_out, strict=True)]
 
 
