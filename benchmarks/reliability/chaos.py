@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -292,20 +293,26 @@ def overload(full: bool) -> Figures:
     Clients keep to Retry-After, and give way to the server on cores that they share, as if they had their own; the one
     that times refusals takes way, so that what it sees is the server's time and not its own.
     """
-    seats, seconds = 8, 30.0 if full else 6.0
+    seats, seconds, repetitions = 8, 10.0 if full else 6.0, 5 if full else 1
     arguments = ("--max-num-seqs", str(seats), "--max-queued-requests", str(seats))
+    peaks, shares, times, num_refused = [], [], list[float](), 0
     with serving(*arguments) as server, aside(nice=10) as clients, aside(nice=-10) as prober:
-        load(server, [SHORT] * seats)
-        peak, _ = _goodput(server, clients, 2 * seats, seconds)
+        load(server, [MIDDLE] * 2 * seats)
         rss, lost = rss_mib(server.process.pid), _stolen_s()
-        refusals = prober.apply_async(_refusals, (server.target, seconds))
-        reached, num_refused = _goodput(server, clients, 20 * seats, seconds)
-        times = quantiles(refusals.get(60))
+        for _ in range(repetitions):
+            peak, _ = _goodput(server, clients, 2 * seats, seconds)
+            refusals = prober.apply_async(_refusals, (server.target, seconds))
+            reached, num = _goodput(server, clients, 20 * seats, seconds)
+            times += refusals.get(60)
+            peaks.append(peak)
+            shares.append(reached / peak)
+            num_refused += num
         lost = _stolen_s() - lost
         grown = rss_mib(server.process.pid) - rss
-    share = reached / peak
-    kept = share >= 0.95 and times["p99"] is not None and times["p99"] <= 20
-    figures = {"refused": num_refused, "refusal_ms": times, "goodput_share": share, "peak_tokens_per_s": peak}
+    share, found = statistics.median(shares), quantiles(times)
+    kept = share >= 0.95 and found["p99"] is not None and found["p99"] <= 20
+    figures = {"refused": num_refused, "refusal_ms": found, "goodput_share": share, "goodput_shares": shares}
+    figures |= {"peak_tokens_per_s": statistics.median(peaks)}
     return {**figures, "rss_grown_mib": grown, "stolen_s": lost, "kept": kept}
 
 
