@@ -86,19 +86,24 @@ def main() -> int:
     parser.add_argument("--model", choices=workloads.VOCAB_SIZES, default="smol135m")
     parser.add_argument("--workloads", default=",".join(workloads.NAMES))
     parser.add_argument("--engines", help="of: " + ", ".join(engines.ENGINES) + "; those that are there if not given")
-    parser.add_argument("--home", type=Path, default=Path.home() / ".cache" / "fairlead-bench")
+    parser.add_argument(
+        "--home", type=lambda text: Path(text).resolve(), default=Path.home() / ".cache" / "fairlead-bench"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("compare-results"))
     args = parser.parse_args()
     from comparing.models import checkpoint
 
-    directory = checkpoint(args.home / "models", args.model).resolve()
+    directory = checkpoint(args.home / "models", args.model)
     asked = args.engines.split(",") if args.engines else engines.present(args.home, args.model)
     workers: dict[str, Worker] = {}
     errors: dict[str, str] = {}
     try:
         for engine in asked:
             python, adapter, options = engines.how(engine, args.home, args.model)
+            if not Path(python).exists():
+                errors[engine] = f"there is no {python}"
+                continue
             worker = Worker(adapter, python, args.model, options)
             if "error" in worker.ready:
                 errors[engine] = worker.ready["error"]

@@ -31,7 +31,7 @@ REPETITIONS = 7
 def seconds(arguments: list[str]) -> float:
     """Wall time of one run of the interpreter."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 

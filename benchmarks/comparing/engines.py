@@ -1,6 +1,5 @@
 """Which engines there are, and where they and their models lie below one folder."""
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,10 @@ def how(engine: str, home: Path, model: str) -> tuple[str, str, dict[str, Any]]:
 
 def present(home: Path, model: str) -> list[str]:
     """Those whose program and model are there."""
-    found = []
-    for engine in ENGINES:
-        python, name, options = how(engine, home, model)
-        paths = [Path(options[key]) for key in ("directory", "server", "file") if key in options]
-        is_there = importlib.util.find_spec(name) is not None if python == sys.executable else Path(python).exists()
-        if all(path.exists() for path in paths) and (is_there or name == "llamacpp"):
-            found.append(engine)
-    return found
+
+    def is_there(engine: str) -> bool:
+        python, _, options = how(engine, home, model)
+        paths = [python, *(options[key] for key in ("directory", "server", "file") if key in options)]
+        return all(Path(path).exists() for path in paths)
+
+    return [engine for engine in ENGINES if is_there(engine)]

@@ -39,8 +39,8 @@ class EngineConnection:
         self._context = zmq.Context()
         self._requests = self._context.socket(zmq.PUSH)
         self._events = zmq.asyncio.Socket(self._context, zmq.PULL)
-        platform = plugins.expected(config.platform)
         try:
+            platform = plugins.expected(config.platform)
             startup = Startup(
                 config,
                 self._bind(self._requests, "requests.sock"),

@@ -72,7 +72,6 @@ def _forward(runner: ModelRunner, batch: ScheduledBatch) -> torch.Tensor:
     return runner.model(prepared.inputs.token_ids_T, prepared.inputs.positions_T, prepared.step)
 
 
-@torch.inference_mode()
 def _sample(runner: ModelRunner, hidden_RE: torch.Tensor, samplers: SamplingBatch) -> None:
     sample(runner.padded.logits(hidden_RE), samplers)
 

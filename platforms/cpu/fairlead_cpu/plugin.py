@@ -29,8 +29,8 @@ def create(device: Device) -> "Platform":
 # of 64 sequences of the demo took 564 ms by default and 24 ms so; on an idle machine 9.8 and 10.7 ms.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 
-# On two cores with 20 clients a seat, a refusal took 30 to 70 ms in the worst of 100 cases at 0 and 9 to 13 ms so
-# (22 at 1, 20 at 3), at the same throughput: the front end needs little, but at once.
+# On two cores with 20 clients a seat, a refusal took 30 to 70 ms in the worst of 100 cases at 0 and 9 to 21 ms so
+# (22 at 1, 20 at 3, where it took 9 at 5), at the same throughput: the front end needs little, but at once.
 NICENESS = 5
 
 
