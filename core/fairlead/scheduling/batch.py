@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fairlead.records import Record
-from fairlead.request import Request, SamplingParams, TokenLogprobs
+from fairlead.request import Request, SamplingParams, Sequence, SequenceDelta, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,3 +112,38 @@ class StepResult:
 
     sampled: list[SampledToken]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+
+def chunk_extras(seq: Sequence, start: int, end: int) -> ChunkExtras:
+    """Of the chunk with the tokens from `start` to `end` of a sequence that is not plain."""
+    request = seq.request
+    prompt_row, prompt_targets = 0, request.prompt_token_ids[:0]
+    if seq.prompt_logprobs is not None:
+        first = max(start, len(seq.prompt_logprobs))  # after a preemption, some are there already
+        prompt_row, prompt_targets = first - start, request.prompt_token_ids[first + 1 : end + 1]
+    return ChunkExtras(
+        num_logprobs=request.num_beam_candidates or request.params.num_engine_logprobs,
+        is_beam=request.num_beam_candidates > 0,
+        prompt_targets=prompt_targets,
+        prompt_row=prompt_row,
+    )
+
+
+def sequence_delta(
+    seq: Sequence, token_ids: tuple[int, ...], logprobs: TokenLogprobs | None, error: str | None = None
+) -> SequenceDelta:
+    """What a step added to a sequence, with the prompt's log-probabilities if they have not been told yet."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    if seq.prompt_logprobs is not None:
+        prompt_logprobs, seq.prompt_logprobs = tuple(seq.prompt_logprobs), None
+    return SequenceDelta(
+        request_id=seq.request.request_id,
+        index=seq.index,
+        token_ids=token_ids,
+        logprobs=() if logprobs is None else (logprobs,),
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=seq.finish_reason,
+        stop_reason=seq.stop_reason,
+        num_cached_tokens=seq.num_cached_tokens or 0,
+        error=error,
+    )

@@ -32,7 +32,14 @@ from fairlead.request import (
     SequenceStatus,
     TokenLogprobs,
 )
-from fairlead.scheduling.batch import ChunkExtras, SampleContext, SampledToken, ScheduledBatch, ScheduledChunk
+from fairlead.scheduling.batch import (
+    SampleContext,
+    SampledToken,
+    ScheduledBatch,
+    ScheduledChunk,
+    chunk_extras,
+    sequence_delta,
+)
 from fairlead.scheduling.block_manager import BlockManager
 from fairlead.scheduling.policy import FirstComeFirstServed
 
@@ -179,10 +186,10 @@ class Scheduler:
         Sequences that end give their blocks back. Those aborted since `schedule` are passed over.
         """
         deltas: list[SequenceDelta] = []
-        live, row = self._live, 0
+        live, row, num_failed = self._live, 0, 0
         for chunk in batch.chunks:
-            seq = live.get(chunk.seq_id)
-            if chunk.extras is not None and prompt_logprobs and seq is not None and seq.prompt_logprobs is not None:
+            seq, extras = live.get(chunk.seq_id), chunk.extras
+            if extras is not None and prompt_logprobs and seq is not None and seq.prompt_logprobs is not None:
                 seq.prompt_logprobs += prompt_logprobs.get(seq.seq_id, ())
             if chunk.sample_seed is None:
                 continue
@@ -194,9 +201,32 @@ class Scheduler:
                 seq.num_stale -= 1
                 continue
             seq.num_pending -= 1
-            delta = self._take(seq, token)
-            if delta is not None:
-                deltas.append(delta)
+            token_id = token.token_id
+            if token_id is None and token.error is None and seq.has_shared_context:
+                self._start_over(seq)
+                continue
+            if not seq.has_forked:
+                self._fork(seq)
+            if token_id is None:
+                deltas.append(self._fail(seq, token.error))
+                num_failed += 1
+                continue
+            token_ids = seq.token_ids
+            token_ids.append(token_id)
+            if token_id in seq.stop_ids or token.ends_sequence or len(token_ids) == seq.max_num_tokens:
+                deltas.append(self._stop(seq, token, token_id))
+            elif extras is None:  # so that there are no log-probabilities either
+                deltas.append(
+                    SequenceDelta(
+                        request_id=seq.request.request_id,
+                        index=seq.index,
+                        token_ids=(token_id,),
+                        num_cached_tokens=seq.num_cached_tokens or 0,
+                    )
+                )
+            else:
+                deltas.append(sequence_delta(seq, (token_id,), token.logprobs))
+        self._num_generated += len(deltas) - num_failed
         return deltas
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -272,24 +302,55 @@ class Scheduler:
             step.displaced.append(self._preempt_last())
 
     def _continue_running(self, step: _Step) -> None:
-        running, i = self.running, 0
-        while i < len(running) and step.budget > 0:
-            seq = running[i]
-            start = seq.num_computed_tokens
-            num_tokens = len(seq.token_ids) + seq.num_pending - start
+        """Hands tokens to the running sequences.
+
+        Nearly all of them decode: one token each, into blocks that they have. Those are dealt with here, for a call
+        per sequence would cost a quarter more in a large batch.
+        """
+        for seq in self.running:  # which may lose its last ones meanwhile
+            if step.budget <= 0:
+                return
+            start, num_pending = seq.num_computed_tokens, seq.num_pending
+            end = start + 1
+            is_last = end == len(seq.token_ids) + num_pending
+            if is_last and num_pending and (seq.num_seats > 1 or end >= seq.max_num_tokens):
+                continue  # it forks, or ends, before it goes on
+            if not is_last or start >= seq.quiet_until:
+                self._extend(step, seq)
+                continue
+            step.chunks.append(
+                ScheduledChunk(
+                    seq_id=seq.seq_id,
+                    token_ids=() if num_pending else (seq.token_ids[start],),
+                    start=start,
+                    block_tables=seq.tables_snapshot,
+                    params=seq.request.params,
+                    sample_seed=seq.seed,
+                    position=end,
+                    source_row=seq.pending_row if num_pending else None,
+                    extras=None if seq.is_plain else chunk_extras(seq, start, end),
+                )
+            )
+            step.budget -= 1
+            seq.num_computed_tokens, seq.num_pending, seq.pending_row = end, num_pending + 1, step.num_samples
+            step.num_samples += 1
+            if not seq.is_plain:
+                step.edits_logits |= seq.request.params.edits_logits
+
+    def _extend(self, step: _Step, seq: Sequence) -> None:
+        """Hands tokens to a running sequence that needs blocks for them; where none are left, the last in line goes."""
+        while True:
+            num_tokens = seq.num_tokens + seq.num_pending - seq.num_computed_tokens
             if num_tokens > 1:
-                num_behind = len(running) - i - 1
+                num_behind = len(self.running) - self.running.index(seq) - 1
                 num_promised = step.promised[1] if step.promised is not None and step.promised[0] < seq.key else 0
                 num_tokens = self._chunk_of(num_tokens, step.budget - num_behind - num_promised)
-            elif seq.num_pending and (seq.num_seats > 1 or start + 1 >= seq.max_num_tokens):
-                i += 1  # it forks, or ends, before it goes on
-                continue
-            if (start >= seq.quiet_until or num_tokens > 1) and not self.blocks.reserve(seq, num_tokens):
-                self._preempt_last()
-                step.lacks_memory = True
-                continue
-            self._schedule_chunk(step, seq, num_tokens)
-            i += 1
+            is_quiet = num_tokens == 1 and seq.num_computed_tokens < seq.quiet_until
+            if is_quiet or self.blocks.reserve(seq, num_tokens):
+                return self._schedule_chunk(step, seq, num_tokens)
+            step.lacks_memory = True
+            if self._preempt_last() is seq:
+                return None
 
     def _chunk_of(self, num_tokens: int, budget: int) -> int:
         return max(1, min(num_tokens, self._max_chunk, budget))
@@ -333,7 +394,7 @@ class Scheduler:
                 sample_seed=seq.seed if is_last else None,
                 position=end,
                 source_row=seq.pending_row if end > num_known else None,
-                extras=None if seq.is_plain else _extras(seq, start, end),
+                extras=None if seq.is_plain else chunk_extras(seq, start, end),
             )
         )
         step.budget -= num_tokens
@@ -360,31 +421,23 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         bisect.insort(self.waiting, seq, key=_key)
 
-    def _take(self, seq: Sequence, token: SampledToken) -> SequenceDelta | None:
-        """Appends what was sampled for a sequence and says what came of it; None if it has to start over."""
-        token_id = token.token_id
-        if token_id is None and token.error is None and seq.has_shared_context:
-            self._start_over(seq)
-            return None
-        if not seq.has_forked:
-            self._fork(seq)
-        if token_id is None:
-            self._num_nan += token.error is None
-            delta = self._finish(seq, FinishReason.ERROR, error=token.error or NAN_ERROR)
-            if token.error is None:
-                self.blocks.unpublish(seq)
-            return delta
-        seq.token_ids.append(token_id)
-        self._num_generated += 1
-        logprobs = () if token.logprobs is None else (token.logprobs,)
+    def _stop(self, seq: Sequence, token: SampledToken, token_id: int) -> SequenceDelta:
+        """Ends a sequence with its latest token."""
+        reason, stop_reason = FinishReason.STOP, None
         if token_id in seq.stop_ids:
             is_eos = not seq.request.params.ignore_eos and token_id in seq.request.eos_token_ids
-            return self._finish(seq, FinishReason.STOP, None if is_eos else token_id, (token_id,), logprobs)
-        if token.ends_sequence:
-            return self._finish(seq, FinishReason.STOP, None, (token_id,), logprobs)
-        if len(seq.token_ids) == seq.max_num_tokens:
-            return self._finish(seq, FinishReason.LENGTH, None, (token_id,), logprobs)
-        return _delta(seq, (token_id,), logprobs)
+            stop_reason = None if is_eos else token_id
+        elif not token.ends_sequence:
+            reason = FinishReason.LENGTH
+        return self._finish(seq, reason, stop_reason, (token_id,), token.logprobs)
+
+    def _fail(self, seq: Sequence, error: str | None) -> SequenceDelta:
+        """Ends a sequence for which there is no token; without an error its logits were NaN."""
+        delta = self._finish(seq, FinishReason.ERROR, error=error or NAN_ERROR)
+        if error is None:
+            self._num_nan += 1
+            self.blocks.unpublish(seq)
+        return delta
 
     def _fork(self, parent: Sequence) -> None:
         """Starts the other sequences of a request whose prompt has just been computed.
@@ -442,7 +495,7 @@ class Scheduler:
         reason: FinishReason,
         stop_reason: int | None = None,
         token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] = (),
+        logprobs: TokenLogprobs | None = None,
         error: str | None = None,
     ) -> SequenceDelta:
         if seq.status is SequenceStatus.RUNNING:
@@ -456,41 +509,8 @@ class Scheduler:
         siblings.remove(seq)
         if not siblings:
             del self._requests[seq.request.request_id]
-        return _delta(seq, token_ids, logprobs, error)
+        return sequence_delta(seq, token_ids, logprobs, error)
 
 
 def _key(seq: Sequence) -> tuple[float, int]:
     return seq.key
-
-
-def _extras(seq: Sequence, start: int, end: int) -> ChunkExtras:
-    request = seq.request
-    prompt_row, prompt_targets = 0, request.prompt_token_ids[:0]
-    if seq.prompt_logprobs is not None:
-        first = max(start, len(seq.prompt_logprobs))  # after a preemption, some are there already
-        prompt_row, prompt_targets = first - start, request.prompt_token_ids[first + 1 : end + 1]
-    return ChunkExtras(
-        num_logprobs=request.num_beam_candidates or request.params.num_engine_logprobs,
-        is_beam=request.num_beam_candidates > 0,
-        prompt_targets=prompt_targets,
-        prompt_row=prompt_row,
-    )
-
-
-def _delta(
-    seq: Sequence, token_ids: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...], error: str | None = None
-) -> SequenceDelta:
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    if seq.prompt_logprobs is not None:
-        prompt_logprobs, seq.prompt_logprobs = tuple(seq.prompt_logprobs), None
-    return SequenceDelta(
-        request_id=seq.request.request_id,
-        index=seq.index,
-        token_ids=token_ids,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        finish_reason=seq.finish_reason,
-        stop_reason=seq.stop_reason,
-        num_cached_tokens=seq.num_cached_tokens or 0,
-        error=error,
-    )

@@ -253,7 +253,7 @@ def test_nan_ends_one_sequence_with_an_error_and_its_blocks_are_not_trusted() ->
     engine.step(lambda i: None if i == 0 else 100)
     error = engine.deltas[0]
     assert (error.finish_reason, error.error, error.token_ids) == (FinishReason.ERROR, NAN_ERROR, ())
-    assert engine.stats.num_nan_sequences == 1
+    assert (engine.stats.num_nan_sequences, engine.stats.num_generation_tokens) == (1, 1)
     engine.add("again", 10, max_tokens=1)
     assert starts(engine.step()) == [(2, 1), (0, 10)]
     assert engine.tokens["again", 0] == [100]
@@ -266,7 +266,8 @@ def test_an_error_of_a_sequences_own_leaves_its_blocks_to_others() -> None:
     batch = engine.scheduler.schedule()
     (delta,) = engine.scheduler.update(batch, [SampledToken(token_id=None, error="the processor raised")])
     assert (delta.finish_reason, delta.error) == (FinishReason.ERROR, "the processor raised")
-    assert engine.scheduler.stats().num_nan_sequences == 0
+    stats = engine.scheduler.stats()
+    assert (stats.num_nan_sequences, stats.num_generation_tokens) == (0, 0)
     engine.add("again", 10, max_tokens=1)
     assert starts(engine.step()) == [(8, 2)]
 
