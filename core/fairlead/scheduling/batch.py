@@ -1,6 +1,6 @@
 """What the scheduler hands to the model runner, and gets back: plain integers, snapshots of one step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from fairlead.records import Record
@@ -94,6 +94,20 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(c.num_tokens for c in self.chunks)
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchDraft:
+    """A batch in the making."""
+
+    budget: int
+    chunks: list[ScheduledChunk] = field(default_factory=list)
+    num_samples: int = 0
+    edits_logits: bool = False
+    unfinished: list[Sequence] = field(default_factory=list)  # those whose known tokens it does not compute to the end
+    displaced: list[Sequence] = field(default_factory=list)  # those that make way for others
+    promised: tuple[tuple[float, int], int] | None = None  # key and tokens of one that goes before running ones
+    lacks_memory: bool = False
 
 
 class SampledToken(Record, frozen=True, kw_only=True):

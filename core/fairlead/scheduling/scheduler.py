@@ -19,7 +19,6 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
 from fairlead.interface import QueuedRequest, SchedulingPolicy
 from fairlead.request import (
@@ -33,6 +32,7 @@ from fairlead.request import (
     TokenLogprobs,
 )
 from fairlead.scheduling.batch import (
+    BatchDraft,
     SampleContext,
     SampledToken,
     ScheduledBatch,
@@ -45,20 +45,6 @@ from fairlead.scheduling.policy import FirstComeFirstServed
 
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd, so that the seeds of a request differ
 NAN_ERROR = "the model's logits were not a number"
-
-
-@dataclass(slots=True, kw_only=True)
-class _Step:
-    """A batch in the making."""
-
-    budget: int
-    chunks: list[ScheduledChunk] = field(default_factory=list)
-    num_samples: int = 0
-    edits_logits: bool = False
-    unfinished: list[Sequence] = field(default_factory=list)  # those whose known tokens it does not compute to the end
-    displaced: list[Sequence] = field(default_factory=list)  # those that make way for others
-    promised: tuple[tuple[float, int], int] | None = None  # key and tokens of one that goes before running ones
-    lacks_memory: bool = False
 
 
 class Scheduler:
@@ -148,7 +134,7 @@ class Scheduler:
         It has no chunks if there is no work, or if all of it waits for tokens of a step that still runs.
         """
         self._started = []
-        step = _Step(budget=self.max_num_batched_tokens)
+        step = BatchDraft(budget=self.max_num_batched_tokens)
         self._make_way(step)
         self._continue_running(step)
         if self.waiting and not step.lacks_memory:
@@ -211,9 +197,8 @@ class Scheduler:
                 deltas.append(self._fail(seq, token.error))
                 num_failed += 1
                 continue
-            token_ids = seq.token_ids
-            token_ids.append(token_id)
-            if token_id in seq.stop_ids or token.ends_sequence or len(token_ids) == seq.max_num_tokens:
+            seq.token_ids.append(token_id)
+            if token_id in seq.stop_ids or token.ends_sequence or len(seq.token_ids) == seq.max_num_tokens:
                 deltas.append(self._stop(seq, token, token_id))
             elif extras is None:  # so that there are no log-probabilities either
                 deltas.append(
@@ -289,7 +274,7 @@ class Scheduler:
             cache_salt=request.cache_salt,
         )
 
-    def _make_way(self, step: _Step) -> None:
+    def _make_way(self, step: BatchDraft) -> None:
         """Preempts running sequences for a waiting one that goes before them and lacks a seat, a token or memory."""
         while self.waiting and self.running and self.waiting[0].key < self.running[-1].key:
             first = self.waiting[0]
@@ -301,7 +286,7 @@ class Scheduler:
                 return
             step.displaced.append(self._preempt_last())
 
-    def _continue_running(self, step: _Step) -> None:
+    def _continue_running(self, step: BatchDraft) -> None:
         """Hands tokens to the running sequences.
 
         Nearly all of them decode: one token each, into blocks that they have. Those are dealt with here, for a call
@@ -337,7 +322,7 @@ class Scheduler:
             if not seq.is_plain:
                 step.edits_logits |= seq.request.params.edits_logits
 
-    def _extend(self, step: _Step, seq: Sequence) -> None:
+    def _extend(self, step: BatchDraft, seq: Sequence) -> None:
         """Hands tokens to a running sequence that needs blocks for them; where none are left, the last in line goes."""
         while True:
             num_tokens = seq.num_tokens + seq.num_pending - seq.num_computed_tokens
@@ -355,7 +340,7 @@ class Scheduler:
     def _chunk_of(self, num_tokens: int, budget: int) -> int:
         return max(1, min(num_tokens, self._max_chunk, budget))
 
-    def _admit_waiting(self, step: _Step) -> None:
+    def _admit_waiting(self, step: BatchDraft) -> None:
         claimed = self.blocks.num_claimed(step.unfinished)
         while self.waiting and step.budget > 0:
             seq = self.waiting[0]
@@ -379,9 +364,8 @@ class Scheduler:
             if step.unfinished and step.unfinished[-1] is seq:
                 claimed = self.blocks.num_claimed(step.unfinished)
 
-    def _schedule_chunk(self, step: _Step, seq: Sequence, num_tokens: int) -> None:
-        start = seq.num_computed_tokens
-        end = start + num_tokens
+    def _schedule_chunk(self, step: BatchDraft, seq: Sequence, num_tokens: int) -> None:
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
         num_known, params = len(seq.token_ids), seq.request.params
         is_last = end == num_known + seq.num_pending
         step.chunks.append(
@@ -425,8 +409,8 @@ class Scheduler:
         """Ends a sequence with its latest token."""
         reason, stop_reason = FinishReason.STOP, None
         if token_id in seq.stop_ids:
-            is_eos = not seq.request.params.ignore_eos and token_id in seq.request.eos_token_ids
-            stop_reason = None if is_eos else token_id
+            if seq.request.params.ignore_eos or token_id not in seq.request.eos_token_ids:
+                stop_reason = token_id
         elif not token.ends_sequence:
             reason = FinishReason.LENGTH
         return self._finish(seq, reason, stop_reason, (token_id,), token.logprobs)
