@@ -200,7 +200,7 @@ class Scheduler:
             seq.token_ids.append(token_id)
             if token_id in seq.stop_ids or token.ends_sequence or len(seq.token_ids) == seq.max_num_tokens:
                 deltas.append(self._stop(seq, token, token_id))
-            elif extras is None:  # so that there are no log-probabilities either
+            elif extras is None and token.logprobs is None:
                 deltas.append(
                     SequenceDelta(
                         request_id=seq.request.request_id,

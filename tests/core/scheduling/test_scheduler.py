@@ -237,9 +237,10 @@ def test_why_a_sequence_ends(params: dict[str, Any], prompt: int, sampled: list[
     assert engine.stats.kv_cache_usage == 0
 
 
-def test_logprobs_pass_through() -> None:
+@pytest.mark.parametrize("max_tokens", [1, 2])
+def test_logprobs_pass_through(max_tokens: int) -> None:
     engine = Engine()
-    engine.add("a", 3, logprobs=1, max_tokens=1)
+    engine.add("a", 3, logprobs=1, max_tokens=max_tokens)
     logprobs = TokenLogprobs(token_ids=(5,), logprobs=(-0.5,), rank=1)
     batch = engine.scheduler.schedule()
     (delta,) = engine.scheduler.update(batch, [SampledToken(token_id=5, logprobs=logprobs)])
