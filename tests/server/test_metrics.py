@@ -1,13 +1,18 @@
 """/metrics: the names that others read, exact counts, and nothing left over."""
 
+import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from fairlead.config import ServerConfig
-from fairlead_server.metrics import SERIES, Rates
+from fairlead_server.metrics import SERIES, Rates, exposition
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 COUNTERS = (
@@ -150,3 +155,29 @@ def test_the_legacy_rates_fall_back_to_zero(monkeypatch: pytest.MonkeyPatch) -> 
     rates.read(100, 100)
     now = 140.0
     assert rates.read(100, 100) == (0, 0)
+
+
+def test_others_go_on_between_any_two_metrics() -> None:
+    """A scrape is many milliseconds of work: streams must not wait for all of it."""
+
+    class Three(Collector):
+        def collect(self) -> Iterator[Metric]:
+            for i in range(3):
+                turns.append("metrics")
+                yield GaugeMetricFamily(f"gauge_{i}", "One of three.", value=i)
+
+    async def other() -> None:
+        while True:
+            turns.append("other")
+            await asyncio.sleep(0)
+
+    async def both() -> bytes:
+        task = asyncio.create_task(other())
+        text = await exposition(Three())
+        task.cancel()
+        return text
+
+    turns: list[str] = []
+    text = asyncio.run(both())
+    assert turns == ["metrics", "other"] * 3
+    assert text == generate_latest(Three())

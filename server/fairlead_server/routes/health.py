@@ -1,7 +1,6 @@
 """GET /health and its kin, /ping, /version, /load and /metrics."""
 
 from fastapi import APIRouter, Response
-from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from fairlead import __version__
@@ -13,7 +12,7 @@ from fairlead_server.service import Service
 def router(service: Service) -> APIRouter:
     """The routes that probes, load balancers and dashboards ask."""
     routes = APIRouter()
-    registry = metrics.registry(service)
+    collector = metrics.observe(service)
 
     @routes.get("/health")
     @routes.get("/health/live")
@@ -46,6 +45,6 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics")
     async def get_metrics() -> Response:
         # The version that every scraper knows; 1.0.0, the library's latest, adds nothing but names that need quotes.
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(await metrics.exposition(collector), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     return routes
