@@ -244,13 +244,20 @@ inline Rows<X> direct_rows(const Call& call, bool rows_are_reused) {
 // What a kernel for `run` has:
 //   X, C                types of the prepared inputs and of the sums
 //   kRows, kBlockK      rows of its register tile; how much of K it takes at a time when there are more rows than that
+//   kGroupsAtOnce       how many groups it takes together when there are many rows
 //   direct(call)        x as it is, where the kernel can read it, else null data
 //   prepare(call, row, X* to)
 //   Kernel(layer)       state of a thread
-//   begin(group, k0, k1)                  what one group and part of K need once for all rows
-//   add(rows, count, group, k0, k1, c, ldc)   adds x[:count, k0:k1] W to the sums of one group, for at most kRows rows;
-//                                             k0 = 0 starts at zero
+//   begin(block)                     what a block of weights needs once for all rows
+//   add(rows, count, block, c, ldc)  adds x[:count, k0:k1] W to the sums of the block's groups, for at most kRows rows;
+//                                    k0 = 0 starts at zero
 //   finish(call, rows, row, count, group, c)  the epilogue of `count` rows of one group, of which row is the first
+
+// Weights that are worked on together: inputs [k0, k1) of the groups from `group` on. The sums of the second group are
+// `c_step` after those of the first.
+struct Block {
+  int64_t group, num_groups, k0, k1, c_step;
+};
 
 // A block of so many rows by kBlockK inputs, the sums of 8 groups and the weights at hand stay in a level 2 cache.
 constexpr int64_t kRowBlock = 512, kGroupBlock = 8;
@@ -275,18 +282,21 @@ void run_units(const Call& call, const Rows<typename Kernel::X>& x, int64_t begi
     // Sums are finished some tiles after they were stored: reading them at once would wait for the stores.
     const int64_t batch = 4 * kRows, kept = whole ? std::min(rows, batch) : rows;
     C* sums = static_cast<C*>(scratch<kSums>(count * kept * kGroup * static_cast<int64_t>(sizeof(C))));
+    const int64_t together = rows > 2 * kRows && !whole ? Kernel::kGroupsAtOnce : 1;
     for (int64_t k0 = 0; k0 < k; k0 += step)
-      for (int64_t g = 0; g < count; g++) {
-        const int64_t k1 = std::min(k0 + step, k), group = group0 + g;
-        kernel.begin(group, k0, k1);
+      for (int64_t g = 0; g < count; g += together) {
+        const Block block{group0 + g, std::min(together, count - g), k0, std::min(k0 + step, k), kept * kGroup};
+        kernel.begin(block);
         for (int64_t first = 0; first < rows; first += batch) {
           const int64_t last = std::min(first + batch, rows);
           C* c = sums + (g * kept + (whole ? 0 : first)) * kGroup;
-          const Rows<X> block{x.data + (row0 + first) * x.stride, x.stride};
+          const Rows<X> at{x.data + (row0 + first) * x.stride, x.stride};
           for (int64_t row = first; row < last; row += kRows)
-            kernel.add({block.data + (row - first) * x.stride, x.stride}, std::min(last - row, kRows), group, k0, k1,
+            kernel.add({at.data + (row - first) * x.stride, x.stride}, std::min(last - row, kRows), block,
                        c + (row - first) * kGroup, kGroup);
-          if (k1 == k) Kernel::finish(call, block, row0 + first, last - first, group, c);
+          if (block.k1 < k) continue;
+          for (int64_t i = 0; i < block.num_groups; i++)
+            Kernel::finish(call, at, row0 + first, last - first, block.group + i, c + i * block.c_step);
         }
       }
     unit += count;

@@ -50,17 +50,17 @@ struct Bfloat16Base {
   using X = bf16;
   using C = float;
   static constexpr int kRows = 32;
-  static constexpr int64_t kBlockK = 256;
+  static constexpr int64_t kBlockK = 256, kGroupsAtOnce = 1;
   static constexpr bool kReusesRows = true;
   const bf16* weight;
   int64_t panel_size;
   amx::Tiles tiles;
   explicit Bfloat16Base(const FlLinear& layer)
       : weight(static_cast<const bf16*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
-  void begin(int64_t, int64_t, int64_t) const {}
-  void add(Rows<bf16> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
-    const bf16* w = weight + 2 * group * panel_size + k0 * kPanel;
-    tiles.add<amx::Bf16>(x.data + k0, x.stride, rows, w, panel_size, k1 - k0, c, ldc, k0 == 0);
+  void begin(const Block&) const {}
+  void add(Rows<bf16> x, int64_t rows, const Block& block, float* c, int64_t ldc) {
+    const bf16* w = weight + 2 * block.group * panel_size + block.k0 * kPanel;
+    tiles.add<amx::Bf16>(x.data + block.k0, x.stride, rows, w, panel_size, block.k1 - block.k0, c, ldc, block.k0 == 0);
   }
 };
 
@@ -117,7 +117,39 @@ struct Bfloat16 : FloatSums {
   static Vf mul(Vf v, A a, B b) { return simd::fma(a.odd, b.odd, simd::fma(a.even, b.even, v)); }
 };
 #endif
+
+#if defined(FL_SIMD_AVX512) && !defined(__AVX512BF16__)
+// Without an instruction for bfloat16, two groups' weights are widened once for all rows, where there are many.
+struct Bfloat16Base : TileKernel<Bfloat16> {
+  static constexpr int64_t kBlockK = 128, kPanelSize = kBlockK * kPanel;
+  float* wide;  // four panels
+  explicit Bfloat16Base(const FlLinear& layer)
+      : TileKernel(layer), wide(static_cast<float*>(scratch<kUnpacked>(4 * kPanelSize * int64_t{sizeof(float)}))) {}
+
+  void begin(const Block& block) {
+    if (block.num_groups < 2) return;
+    for (int panel = 0; panel < 4; panel++) {
+      const bf16* w = weight + (2 * block.group + panel) * panel_size + block.k0 * kPanel;
+      float* to = wide + panel * kPanelSize;
+      for (int64_t k = block.k0; k < block.k1; k += 2, w += 2 * kPanel, to += 2 * kPanel) {
+        const Pair pair = Bfloat16::b(w);
+        simd::store(to, pair.even);
+        simd::store(to + kPanel, pair.odd);
+      }
+    }
+  }
+
+  void add(Rows<float> x, int64_t count, const Block& block, float* c, int64_t ldc) const {
+    if (block.num_groups < 2) return TileKernel::add(x, count, block, c, ldc);
+    each_tile<kManyRows>(0, count, [&](int64_t row, auto size) {
+      tile<Float32, size(), 4>(x.data + row * x.stride + block.k0, x.stride, wide, kPanelSize, 0, block.k1 - block.k0,
+                               c + row * ldc, ldc, block.c_step, block.k0 == 0);
+    });
+  }
+};
+#else
 using Bfloat16Base = TileKernel<Bfloat16>;
+#endif
 
 #endif
 

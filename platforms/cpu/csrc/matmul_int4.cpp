@@ -149,15 +149,15 @@ struct TileInt4 {
   using X = typename Element::X;
   using C = float;
   static constexpr int kRows = Element::kRows;
-  static constexpr int64_t kBlockK = 512;
+  static constexpr int64_t kBlockK = 512, kGroupsAtOnce = 1;
   static constexpr bool kReusesRows = true;
   Int4Layer int4;
   explicit TileInt4(const FlLinear& layer) : int4(layer) {}
-  void begin(int64_t, int64_t, int64_t) const {}
-  void add(Rows<X> x, int64_t count, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) const {
+  void begin(const Block&) const {}
+  void add(Rows<X> x, int64_t count, const Block& block, float* c, int64_t ldc) const {
     for (int panel = 0; panel < 2; panel += kPanelsAtOnce)
       each_tile<kRows>(0, count, [&](int64_t row, auto size) {
-        tile_int4<Element, size()>(int4, x.data + row * x.stride, x.stride, 2 * group + panel, k0, k1,
+        tile_int4<Element, size()>(int4, x.data + row * x.stride, x.stride, 2 * block.group + panel, block.k0, block.k1,
                                    c + row * ldc + panel * kPanel, ldc);
       });
   }
@@ -169,7 +169,7 @@ struct AmxInt4 {
   using X = bf16;
   using C = float;
   static constexpr int kRows = 32;
-  static constexpr int64_t kBlockK = 256, kPanelSize = kBlockK * kPanel;
+  static constexpr int64_t kBlockK = 256, kGroupsAtOnce = 1, kPanelSize = kBlockK * kPanel;
   static constexpr bool kReusesRows = true;
   Int4Layer int4;
   amx::Tiles tiles;
@@ -195,15 +195,16 @@ struct AmxInt4 {
     }
   }
 
-  void begin(int64_t group, int64_t k0, int64_t k1) {
-    if (k1 - k0 <= kBlockK) unpack(group, k0, k1);
+  void begin(const Block& block) {
+    if (block.k1 - block.k0 <= kBlockK) unpack(block.group, block.k0, block.k1);
   }
 
   // All of K at once comes in blocks as well, unpacked here.
-  void add(Rows<bf16> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, float* c, int64_t ldc) {
-    for (int64_t block = k0; block < k1; block += kBlockK) {
-      const int64_t end = std::min(block + kBlockK, k1);
-      if (k1 - k0 > kBlockK) unpack(group, block, end);
+  void add(Rows<bf16> x, int64_t rows, const Block& all, float* c, int64_t ldc) {
+    const int64_t group = all.group;
+    for (int64_t block = all.k0; block < all.k1; block += kBlockK) {
+      const int64_t end = std::min(block + kBlockK, all.k1);
+      if (all.k1 - all.k0 > kBlockK) unpack(group, block, end);
       if (rows <= 16) {
         for (int64_t k = block; k < end; k += 2 * kQuantGroup) {
           tiles.two(x.data + k, x.stride, rows, unpacked + (k - block) * kPanel, kPanelSize, sums);

@@ -77,16 +77,16 @@ struct Int8Base {
   using X = int8_t;
   using C = int32_t;
   static constexpr int kRows = 32;
-  static constexpr int64_t kBlockK = 1024;
+  static constexpr int64_t kBlockK = 1024, kGroupsAtOnce = 1;
   const int8_t* weight;
   int64_t panel_size;
   amx::Tiles tiles;
   explicit Int8Base(const FlLinear& layer)
       : weight(static_cast<const int8_t*>(layer.weight)), panel_size(round_up(layer.k, kPadK) * kPanel) {}
-  void begin(int64_t, int64_t, int64_t) const {}
-  void add(Rows<int8_t> x, int64_t rows, int64_t group, int64_t k0, int64_t k1, int32_t* c, int64_t ldc) {
-    const int8_t* w = weight + 2 * group * panel_size + k0 * kPanel;
-    tiles.add<amx::Int8>(x.data + k0, x.stride, rows, w, panel_size, k1 - k0, c, ldc, k0 == 0);
+  void begin(const Block&) const {}
+  void add(Rows<int8_t> x, int64_t rows, const Block& block, int32_t* c, int64_t ldc) {
+    const int8_t* w = weight + 2 * block.group * panel_size + block.k0 * kPanel;
+    tiles.add<amx::Int8>(x.data + block.k0, x.stride, rows, w, panel_size, block.k1 - block.k0, c, ldc, block.k0 == 0);
   }
 };
 

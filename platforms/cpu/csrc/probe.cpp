@@ -48,6 +48,7 @@ int64_t fma_loop(int64_t n) {
   Vf sum[kChains];
   for (int i = 0; i < kChains; i++) sum[i] = simd::set1(static_cast<float>(i));
   Vf x = simd::set1(1.0f), y = simd::set1(1e-9f);
+#pragma GCC unroll 4
   for (int64_t k = 0; k < n; k++) {
 #if defined(FL_SIMD_AVX512)
     asm volatile("" : "+v"(x.v), "+v"(y.v));
@@ -65,6 +66,7 @@ int64_t dot_loop(int64_t n, bool is_int8) {
   __m512i sum[kChains];
   for (int i = 0; i < kChains; i++) sum[i] = _mm512_set1_epi32(i);
   __m512i x = _mm512_set1_epi32(0x3f803f80), y = _mm512_set1_epi32(1);
+#pragma GCC unroll 4
   for (int64_t k = 0; k < n; k++) {
     asm volatile("" : "+v"(x), "+v"(y));
 #pragma GCC unroll 16
