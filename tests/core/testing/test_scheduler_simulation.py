@@ -9,12 +9,12 @@ import pytest
 
 from fairlead.request import BlockTable, Sequence
 from fairlead.scheduling import block_manager
-from fairlead.scheduling.batch import BlockCopy, CopyKind
+from fairlead.scheduling.batch import BatchDraft, BlockCopy, CopyKind
 from fairlead.scheduling.block_manager import BlockManager, CacheGroup
 from fairlead.scheduling.block_pool import BlockPool
 from fairlead.scheduling.host_tier import HostTier, SwapCosts
 from fairlead.scheduling.prefix_cache import root_hash
-from fairlead.scheduling.scheduler import Scheduler, _Step
+from fairlead.scheduling.scheduler import Scheduler
 from fairlead.testing.scheduler_simulation import simulate
 
 first_visible, release_before = CacheGroup.first_visible, BlockManager._release_before
@@ -54,7 +54,7 @@ def _fork_without_first(self: BlockManager, parent: Sequence, child: Sequence, n
     child.block_tables = [BlockTable(0, table.blocks) for table in child.block_tables]
 
 
-def _runs_ahead(self: Scheduler, step: _Step) -> None:
+def _runs_ahead(self: Scheduler, step: BatchDraft) -> None:
     for seq in self.running:
         seq.num_seats, seq.max_num_tokens = 1, 1000
     continue_running(self, step)
