@@ -163,6 +163,80 @@ struct TileInt4 {
   }
 };
 
+#if defined(FL_SIMD_AVX512)
+// Float arithmetic on two groups' numbers, unpacked once for all rows, where there are many.
+struct UnpackedInt4 : TileInt4<WideInt4> {
+  static constexpr int kRows = 2 * kManyRows;
+  static constexpr int64_t kBlockK = 128, kGroupsAtOnce = 2, kPanelSize = kBlockK * kPanel;
+  float* numbers;  // four panels
+  explicit UnpackedInt4(const FlLinear& layer)
+      : TileInt4(layer), numbers(static_cast<float*>(scratch<kUnpacked>(4 * kPanelSize * int64_t{sizeof(float)}))) {}
+
+  template <int r>
+  static void unpack(const uint32_t* words, float* to) {
+    const WideInt4::B pair = WideInt4::b<r>(words);
+    simd::store(to + 2 * r * kPanel, pair.even);
+    simd::store(to + (2 * r + 1) * kPanel, pair.odd);
+  }
+
+  void begin(const Block& block) {
+    if (block.num_groups < 2) return;
+    for (int panel = 0; panel < 4; panel++) {
+      const uint32_t* words = int4.words_at(2 * block.group + panel, block.k0);
+      float* to = numbers + panel * kPanelSize;
+      for (int64_t k = block.k0; k < block.k1; k += kWordInputs, words += kPanel, to += kWordInputs * kPanel) {
+        unpack<0>(words, to);
+        unpack<1>(words, to);
+        unpack<2>(words, to);
+        unpack<3>(words, to);
+      }
+    }
+  }
+
+  void add(Rows<float> x, int64_t count, const Block& block, float* c, int64_t ldc) const {
+    if (block.num_groups < 2) return TileInt4::add(x, count, block, c, ldc);
+    each_tile<kManyRows>(0, count, [&](int64_t row, auto size) {
+      tile<size()>(x.data + row * x.stride + block.k0, x.stride, block, c + row * ldc, ldc);
+    });
+  }
+
+  template <int kTileRows>
+  void tile(const float* x, int64_t x_stride, const Block& block, float* c, int64_t ldc) const {
+    for (int64_t group = 0; group < block.k1 - block.k0; group += kQuantGroup) {
+      Vf sum[kTileRows][4];
+#pragma GCC unroll 16
+      for (int i = 0; i < kTileRows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sum[i][j] = simd::zero();
+      for (int64_t k = group; k < group + kQuantGroup; k++) {
+        Vf b[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) b[j] = simd::load(numbers + j * kPanelSize + k * kPanel);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileRows; i++) {
+          const Vf a = simd::set1(x[i * x_stride + k]);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; j++) sum[i][j] = simd::fma(a, b[j], sum[i][j]);
+        }
+      }
+      const int64_t k = block.k0 + group;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) {
+        const Vf scale = simd::load(int4.scales_at(2 * block.group + j, k));
+#pragma GCC unroll 16
+        for (int i = 0; i < kTileRows; i++) {
+          float* to = c + i * ldc + j / 2 * block.c_step + j % 2 * kPanel;
+          simd::store(to, simd::fma(sum[i][j], scale, k == 0 ? simd::zero() : simd::load(to)));
+        }
+      }
+    }
+  }
+};
+using FloatInt4 = UnpackedInt4;
+#else
+using FloatInt4 = TileInt4<WideInt4>;
+#endif
+
 #if defined(__AMX_TILE__)
 // The numbers of one block of K are unpacked to bfloat16 once for all rows.
 struct AmxInt4 {
@@ -253,7 +327,7 @@ void run_int4(const Call* calls, int64_t num_calls) {
 #if defined(__AVX512BF16__)
   if (calls->layer->x_dtype == kBf16) return run<Int4Kernel<Bf16Base>>(calls, num_calls);
 #endif
-  run<Int4Kernel<TileInt4<WideInt4>>>(calls, num_calls);
+  run<Int4Kernel<FloatInt4>>(calls, num_calls);
 }
 
 }  // namespace matmul
